@@ -1,0 +1,82 @@
+"""From a config or a model.json to modules: explicit dicts, one clear error for a wrong name."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from bitgen.errors import UserError, choose
+from bitgen.generators.bigr import BiGR
+from bitgen.tokenizers.binary_ae import BinaryAutoencoder
+
+TOKENIZERS: dict[str, type[nn.Module]] = {"binary_ae": BinaryAutoencoder}
+GENERATORS: dict[str, type[nn.Module]] = {"bigr": BiGR}
+FAMILIES = {"tokenizer": TOKENIZERS, "generator": GENERATORS}
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+# Fields that say how to run a model, not what it is: they stay out of model.json.
+RUN_FIELDS = ("dtype", "remat", "attention")
+
+
+def fields_of(kind: str, family: str) -> dict[str, Any]:
+    """Returns the fields of a family's module with their defaults."""
+    cls = choose(kind, family, FAMILIES[kind])
+    fields = {f.name: f.default for f in dataclasses.fields(cls) if f.name not in ("parent", "name")}
+    return {**fields, "dtype": "float32"}
+
+
+def model_config(kind: str, family: str, **fields: Any) -> ConfigDict:
+    """Returns `config.model` for a family: every field, with the given ones changed."""
+    defaults = fields_of(kind, family)
+    for name in fields:
+        choose(f"field of {family}", name, defaults)
+    return ConfigDict({"family": family, **defaults, **fields}, convert_dict=False)
+
+
+def make_module(kind: str, family: str, fields: dict[str, Any]) -> nn.Module:
+    """Returns the module of a family with these fields, lists turned into tuples."""
+    defaults = fields_of(kind, family)
+    values = {}
+    for name, value in fields.items():
+        choose(f"field of {family}", name, defaults)
+        values[name] = tuple(value) if isinstance(value, list | tuple) else value
+    if isinstance(values.get("dtype"), str):
+        values["dtype"] = choose("dtype", values["dtype"], DTYPES)
+    module = FAMILIES[kind][family](**values)
+    if family == "bigr" and module.width % (4 * module.heads):
+        raise UserError(
+            f"bigr needs width / heads divisible by 4 for its 2-D rotary positions, "
+            f"got width {module.width} and heads {module.heads}"
+        )
+    return module
+
+
+def module_from_config(kind: str, config: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """Returns the module that `config.model` describes, and the description for model.json."""
+    fields = config.to_dict()
+    family = fields.pop("family")
+    hparams = {name: value for name, value in fields.items() if name not in RUN_FIELDS}
+    info = {"kind": kind, "family": family, "hparams": hparams}
+    return make_module(kind, family, fields), info
+
+
+def init_params(module: nn.Module, key: jax.Array) -> dict[str, Any]:
+    """Returns fresh parameters; jit-able."""
+    params_key, other_key = jax.random.split(key)
+    if isinstance(module, tuple(GENERATORS.values())):
+        bits = jnp.zeros((1, *module.grid, module.bits), bool)
+        rngs = {"params": params_key, "loss": other_key}
+        labels = jnp.zeros((1,), jnp.int32)
+        return module.init(rngs, bits, labels, train=False, method="loss")["params"]
+    size = module.image_size
+    images = jnp.zeros((1, size, size, module.channels))
+    rngs = {"params": params_key, "bits": other_key}
+    return module.init(rngs, images, train=True)["params"]
+
+
+def param_shapes(module: nn.Module) -> dict[str, Any]:
+    """Returns the shapes and dtypes of a module's parameters, computing nothing."""
+    return jax.eval_shape(lambda: init_params(module, jax.random.key(0)))

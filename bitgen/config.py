@@ -1,0 +1,97 @@
+"""Every setting of a run with its default; a file in `configs/` changes what it needs."""
+
+import dataclasses
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from bitgen import build, data
+from bitgen.samplers.masked import MaskedPlan
+
+
+def base() -> ConfigDict:
+    """Returns the settings that every config shares."""
+    config = ConfigDict()
+    config.seed = 0
+    config.tokenizer = ""  # model directory; read by every task and mode but tokenizer training
+    config.generator = ""  # model directory; read by sampling
+    config.data = data.default_config()
+
+    config.train = ConfigDict()
+    config.train.task = ""  # tokenizer | generator
+    config.train.steps = 100_000
+    config.train.batch_size = 64  # over all devices
+    config.train.log_every = 100
+    config.train.preview_every = 5_000  # pictures; 0: none
+    config.train.preview_images = 32
+    config.train.checkpoint_every = 5_000
+    config.train.keep = 2  # newest checkpoints kept
+    config.train.stochastic_bits = True  # online encoding draws bits instead of rounding
+
+    config.optim = ConfigDict()
+    config.optim.name = "adamw"  # adam | adamw
+    config.optim.lr = 1e-4
+    config.optim.schedule = "constant"  # constant | cosine | drop
+    config.optim.warmup = 0  # steps
+    config.optim.final_lr = 0.0  # of cosine
+    config.optim.drop_step = 0  # of drop: a tenth of the rate from there on
+    config.optim.b1 = 0.9
+    config.optim.b2 = 0.999
+    config.optim.weight_decay = 0.0
+    config.optim.no_decay = ("bias$", "scale$")  # patterns of paths
+    config.optim.clip = 0.0  # global gradient norm; 0: none
+    config.optim.ema = 0.9999
+    config.optim.ema_every = 1  # steps
+
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    config.sampler = ConfigDict(dataclasses.asdict(MaskedPlan()))
+
+    config.sample = ConfigDict()
+    config.sample.labels = "all"  # indices and ranges: 0-9,207,360
+    config.sample.per_label = 1
+    config.sample.batch_size = 64  # over all devices
+    config.sample.columns = 0  # of the grid; 0: per_label, or a square
+    config.sample.output = "samples.png"  # below the workdir
+
+    config.reconstruct = ConfigDict()
+    config.reconstruct.images = 0  # 0: all of the split
+    config.reconstruct.batch_size = 64
+    config.reconstruct.split = "test"
+    config.reconstruct.columns = 16
+
+    config.tokenize = ConfigDict()
+    config.tokenize.batch_size = 64
+    config.tokenize.shard = 8192  # images a file
+    config.tokenize.split = "all"
+    config.tokenize.views = 2  # 2: also the bits of the flipped image
+    return config
+
+
+def tokenizer(family: str, **fields: Any) -> ConfigDict:
+    """Returns the settings for training a tokenizer of a family."""
+    config = base()
+    config.model = build.model_config("tokenizer", family, **fields)
+    config.train.task = "tokenizer"
+    config.loss = ConfigDict()
+    config.loss.l1 = 1.0
+    config.loss.l2 = 0.0
+    config.loss.perceptual_weight = 1.0  # LPIPS (VGG16); 0: none, and no file is needed
+    config.loss.perceptual_weights = "hub"  # or a file or directory
+    config.loss.code_weight = 0.0
+    config.loss.gan_weight = 1.0  # 0: no discriminator
+    config.loss.gan_start = 30_001  # step
+    config.loss.gan_max_weight = 1.0  # bound of the adaptive weight
+    config.loss.gan_augment = False  # DiffAugment: colour and translation
+    config.loss.discriminator_width = 64
+    config.loss.discriminator_layers = 3
+    # Reconstruction losses see pixels in [0, 1], as the binary autoencoder's authors train it.
+    config.loss.pixel_range = (0.0, 1.0)
+    return config
+
+
+def generator(family: str, **fields: Any) -> ConfigDict:
+    """Returns the settings for training a generator of a family."""
+    config = base()
+    config.model = build.model_config("generator", family, **fields)
+    config.train.task = "generator"
+    return config

@@ -1,0 +1,89 @@
+"""Convolution blocks of the VQGAN family (Esser et al. 2021), NHWC."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from bitgen.nn.norms import Dtype, group_norm
+
+# PyTorch's default for convolutions and linear layers, without the random bias.
+torch_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def conv(features: int, kernel: int, name: str, dtype: Dtype, **options) -> nn.Conv:
+    """Returns a convolution with 'same' padding of kernel // 2 and PyTorch's initial scale."""
+    options = {"padding": kernel // 2, **options}
+    return nn.Conv(
+        features,
+        (kernel, kernel),
+        kernel_init=torch_kernel_init,
+        dtype=dtype,
+        name=name,
+        **options,
+    )
+
+
+def dense(features: int, name: str, dtype: Dtype) -> nn.Dense:
+    """Returns a 1x1 convolution, written as the matrix product that it is."""
+    return nn.Dense(features, kernel_init=torch_kernel_init, dtype=dtype, name=name)
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions around a skip, which a 1x1 projects where the width changes."""
+
+    features: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w features"]:
+        """Returns x plus the residual branch."""
+        y = nn.silu(group_norm("norm1", self.dtype)(x))
+        y = conv(self.features, 3, "conv1", self.dtype)(y)
+        y = nn.silu(group_norm("norm2", self.dtype)(y))
+        y = conv(self.features, 3, "conv2", self.dtype)(y)
+        if x.shape[-1] != self.features:
+            x = dense(self.features, "conv_out", self.dtype)(x)
+        return x + y
+
+
+class AttnBlock(nn.Module):
+    """Single-head attention over all positions of the map, with a skip."""
+
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """Returns x plus what each position reads from all others."""
+        b, h, w, c = x.shape
+        y = group_norm("norm", self.dtype)(x).reshape(b, h * w, c)
+        q, k, v = (dense(c, name, self.dtype)(y) for name in ("q", "k", "v"))
+        logits = jnp.einsum("bic,bjc->bij", q, k, preferred_element_type=jnp.float32)
+        probs = jax.nn.softmax(logits * c**-0.5, axis=-1).astype(v.dtype)
+        y = jnp.einsum("bij,bjc->bic", probs, v)
+        y = dense(c, "proj_out", self.dtype)(y)
+        return x + y.reshape(b, h, w, c)
+
+
+class Downsample(nn.Module):
+    """A 3x3 convolution of stride 2 that pads on the right and bottom only."""
+
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h/2 w/2 c"]:
+        """Returns x at half the resolution."""
+        padding = ((0, 1), (0, 1))
+        return conv(x.shape[-1], 3, "conv", self.dtype, strides=2, padding=padding)(x)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling, then a 3x3 convolution."""
+
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b 2h 2w c"]:
+        """Returns x at twice the resolution."""
+        x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+        return conv(x.shape[-1], 3, "conv", self.dtype)(x)

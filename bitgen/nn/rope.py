@@ -1,0 +1,30 @@
+"""Rotary position embeddings on a 2-D grid (Su et al. 2021; LlamaGen's grid form)."""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+
+def grid_rotations(
+    height: int, width: int, head_dim: int, base: float = 10_000.0
+) -> Float[np.ndarray, "n head_dim/2 2"]:
+    """Returns (cos, sin) of each cell's angles: half of the pairs turn with the row, half with
+    the column."""
+    half = head_dim // 2
+    frequencies = 1.0 / base ** (np.arange(0, half, 2, dtype=np.float32)[: half // 2] / half)
+    rows = np.arange(height, dtype=np.float32)[:, None, None] * frequencies
+    columns = np.arange(width, dtype=np.float32)[None, :, None] * frequencies
+    shape = (height, width, len(frequencies))
+    angles = np.concatenate([np.broadcast_to(rows, shape), np.broadcast_to(columns, shape)], -1)
+    return np.stack([np.cos(angles), np.sin(angles)], -1).reshape(height * width, -1, 2)
+
+
+def rotate(
+    x: Float[Array, "b n heads head_dim"], rotations: Float[Array, "n head_dim/2 2"]
+) -> Float[Array, "b n heads head_dim"]:
+    """Returns x with each pair of neighbouring channels turned by its token's angle."""
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    cos, sin = rotations[None, :, None, :, 0], rotations[None, :, None, :, 1]
+    first, second = pairs[..., 0], pairs[..., 1]
+    turned = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.reshape(x.shape).astype(x.dtype)

@@ -1,0 +1,80 @@
+"""Mode `reconstruct`: images through a tokenizer and back, with the error."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bitgen import data, model_directory
+from bitgen.data.images import grid, write_png
+from bitgen.logging import say
+from bitgen.mesh import make_mesh, replicated, shards_of_batch
+from bitgen.pixels import from_uint8, to_uint8
+
+
+def run(config: Any, workdir: Path) -> None:
+    """Writes `reconstructions.png` (images above reconstructions) and `reconstructions.json`.
+
+    The tokenizer is `config.tokenizer`, or the one that was trained in the workdir.
+    """
+    settings, mesh = config.reconstruct, make_mesh(**config.mesh)
+    tokenizer = model_directory.load(
+        config.tokenizer or workdir / "model", "tokenizer", replicated(mesh)
+    )
+    source = config.data.copy_and_resolve_references()
+    source.split, source.image_size = settings.split, tokenizer.module.image_size
+    shards = shards_of_batch(mesh)
+    size = -(-settings.batch_size // shards) * shards
+    batches = data.make_batches(source, batch_size=size, seed=config.seed, training=False)
+
+    @jax.jit
+    def reconstruct(params, images):
+        bits = tokenizer.module.apply({"params": params}, from_uint8(images), method="encode")
+        recon = to_uint8(tokenizer.module.apply({"params": params}, bits, method="decode"))
+        # PSNR of what is seen: 8-bit pixels, mean over images of each one's own.
+        mse = jnp.mean(jnp.square(recon.astype(jnp.float32) - images), axis=(1, 2, 3))
+        return recon, 10 * jnp.log10(255.0**2 / jnp.maximum(mse, 1e-3)), bits
+
+    psnr, ones, shown, count = [], [], [], 0
+    for batch in batches:
+        images = batch["image"]
+        real = len(images)
+        padded = np.concatenate([images, np.repeat(images[-1:], size - real, axis=0)])
+        recon, each, bits = jax.device_get(reconstruct(tokenizer.params, padded))
+        psnr.append(each[:real])
+        ones.append(bits[:real].mean((0, 1, 2)) * real)
+        if count < 4 * settings.columns:
+            shown.append((images, recon[:real]))
+        count += real
+        if settings.images and count >= settings.images:
+            break
+    share = sum(ones) / count
+    result = {
+        "tokenizer": str(tokenizer.path),
+        "images": count,
+        "psnr": float(np.concatenate(psnr).mean()),
+        "bits_used": float(np.mean((share > 0) & (share < 1))),
+        "bits_per_image": int(np.prod(tokenizer.module.grid)) * tokenizer.module.bits,
+    }
+    if jax.process_index() == 0:
+        write_png(workdir / "reconstructions.png", side_by_side(shown, settings.columns))
+        (workdir / "reconstructions.json").write_text(json.dumps(result, indent=2) + "\n")
+    say(
+        f"{count} images of split {settings.split!r}: PSNR {result['psnr']:.2f} dB, "
+        f"{result['bits_used']:.0%} of the bits in use; {workdir / 'reconstructions.png'}"
+    )
+
+
+def side_by_side(pairs: list[tuple[np.ndarray, np.ndarray]], columns: int) -> np.ndarray:
+    """Returns a picture with each row of images above the row of their reconstructions."""
+    images, recon = (np.concatenate(part)[: 4 * columns] for part in zip(*pairs, strict=True))
+    columns = min(columns, len(images))
+    rows = [
+        row[start : start + columns]
+        for start in range(0, len(images) // columns * columns, columns)
+        for row in (images, recon)
+    ]
+    return grid(np.concatenate(rows), columns)

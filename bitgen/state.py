@@ -1,0 +1,38 @@
+"""What training carries from step to step."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from bitgen.mesh import Rules, tree_shardings
+
+PyTree = Any
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that a checkpoint needs to go on; networks by name, `model` always among them."""
+
+    step: jax.Array
+    params: dict[str, PyTree]
+    opt: dict[str, PyTree]
+    ema: PyTree  # of params['model']
+    stats: dict[str, PyTree]  # batch-norm statistics
+
+
+def ema_update(ema: PyTree, params: PyTree, step: jax.Array, decay: float, every: int) -> PyTree:
+    """Returns the moving average after a step; it moves once in `every` steps."""
+    moved = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
+    if every == 1:
+        return moved
+    move = (step + 1) % every == 0
+    return jax.tree.map(lambda e, m: jnp.where(move, m, e), ema, moved)
+
+
+def born_sharded(init: Any, key: jax.Array, rules: Rules, mesh: Mesh) -> tuple[Any, Any]:
+    """Returns init(key) computed where it lives, and its shardings."""
+    shardings = tree_shardings(jax.eval_shape(init, key), rules, mesh)
+    return jax.jit(init, out_shardings=shardings)(key), shardings

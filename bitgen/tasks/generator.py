@@ -1,0 +1,134 @@
+"""Training a generator: bits from a frozen tokenizer or from disk, masked or in order."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from bitgen import build, model_directory, optim
+from bitgen.data.images import grid
+from bitgen.data.packed import PackedSource, unpack_bits
+from bitgen.errors import UserError
+from bitgen.mesh import make_mesh
+from bitgen.pixels import from_uint8
+from bitgen.samplers.images import image_keys, image_sampler
+from bitgen.samplers.masked import MaskedPlan
+from bitgen.state import TrainState, ema_update
+
+PyTree = Any
+
+
+class GeneratorTask:
+    """BiGR's recipe (arXiv 2410.14672)."""
+
+    def __init__(self, config: Any):
+        """Builds the module and checks that it fits the bits; computes nothing.
+
+        Raises UserError if bits a token, grid or classes differ from those of the data.
+        """
+        self.config = config
+        self.module, self.info = build.module_from_config("generator", config.model)
+        self.optimiser = optim.make_optimiser(config.optim, config.train.steps)
+        self.packed = config.data.source == "bits"
+        if self.packed:
+            meta = PackedSource(config.data.path).meta
+            source, made = config.data.path, (meta["bits"], tuple(meta["grid"]))
+            self.info["origin"] = {"tokenizer": meta["tokenizer"]}
+        else:
+            info = model_directory.read_info(config.tokenizer)
+            tokenizer = build.make_module("tokenizer", info["family"], info["hparams"])
+            source, made = config.tokenizer, (tokenizer.bits, tuple(tokenizer.grid))
+            self.info["origin"] = {"tokenizer": model_directory.identity(config.tokenizer)}
+        for name, want, have in zip(
+            ("bits", "grid"), (self.module.bits, tuple(self.module.grid)), made, strict=True
+        ):
+            if want != have:
+                raise UserError(
+                    f"generator and tokenizer do not fit: config.model.{name} is {want}, "
+                    f"{source} has {have}; set --config.model.{name}={have}"
+                )
+
+    def frozen(self) -> PyTree:
+        """Returns what the step reads but does not train: the tokenizer, unless bits are stored."""
+        if self.packed:
+            return {}
+        self.tokenizer = model_directory.load(self.config.tokenizer, "tokenizer")
+        return {"tokenizer": self.tokenizer.params}
+
+    def init(self, key: jax.Array) -> TrainState:
+        """Returns the state before the first step; jit-able."""
+        params = build.init_params(self.module, key)
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params={"model": params},
+            opt={"model": self.optimiser.init(params)},
+            ema=jax.tree.map(jnp.copy, params),
+            stats={},
+        )
+
+    def stage(self, step: int) -> bool:
+        """Returns False: every step is compiled alike."""
+        del step
+        return False
+
+    def step(
+        self, state: TrainState, frozen: PyTree, batch: dict, key: jax.Array, stage: bool
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """Returns the state after one step on images or packed bits with labels, and metrics."""
+        del stage
+        bits_key, loss_key, dropout_key = jax.random.split(key, 3)
+        bits = self._bits(frozen, batch, bits_key)
+
+        def total(params):
+            rngs = {"loss": loss_key, "dropout": dropout_key}
+            return self.module.apply(
+                {"params": params}, bits, batch["label"], rngs=rngs, method="loss"
+            )
+
+        (value, metrics), gradient = jax.value_and_grad(total, has_aux=True)(state.params["model"])
+        updates, opt = self.optimiser.update(gradient, state.opt["model"], state.params["model"])
+        params = optax.apply_updates(state.params["model"], updates)
+        o = self.config.optim
+        ema = ema_update(state.ema, params, state.step, o.ema, o.ema_every)
+        metrics = {**metrics, "loss": value, "gradient_norm": optax.global_norm(gradient)}
+        return TrainState(state.step + 1, {"model": params}, {"model": opt}, ema, {}), metrics
+
+    def summarise(self, metrics: dict[str, np.ndarray]) -> dict[str, float]:
+        """Returns the scalars of a log interval."""
+        return {name: float(value) for name, value in metrics.items()}
+
+    def preview(self, state: TrainState, batch: dict) -> dict[str, np.ndarray]:
+        """Returns samples of the averaged model, a column a class; none without a tokenizer."""
+        del batch
+        if not self.config.tokenizer:
+            return {}
+        tokenizer = model_directory.load(self.config.tokenizer, "tokenizer")
+        mesh = make_mesh(**self.config.mesh)
+        count = self.config.train.preview_images
+        count = -(-count // jax.device_count()) * jax.device_count()
+        classes = self.module.num_classes
+        columns = min(classes, 16, count)
+        labels = np.arange(count) % columns * max(classes // columns, 1)
+        sampler = image_sampler(
+            self.module, tokenizer.module, MaskedPlan(**self.config.sampler), mesh
+        )
+        images = sampler(
+            state.ema,
+            jax.device_put(tokenizer.params, jax.tree.leaves(state.ema)[0].sharding),
+            labels,
+            image_keys(self.config.seed, np.arange(count)),
+        )
+        return {"samples": grid(np.asarray(images), columns)}
+
+    def _bits(self, frozen, batch, key):
+        """-> bool [b, h, w, k]."""
+        if self.packed:
+            return unpack_bits(batch["bits"], self.module.bits)
+        images = from_uint8(batch["image"])
+        variables = {"params": frozen["tokenizer"]}
+        if self.config.train.stochastic_bits:
+            probs = self.tokenizer.module.apply(variables, images, method="probs")
+            return jax.random.bernoulli(key, probs)
+        return self.tokenizer.module.apply(variables, images, method="encode")

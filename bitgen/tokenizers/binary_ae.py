@@ -1,0 +1,199 @@
+"""The binary autoencoder, "B-AE", of Binary Latent Diffusion (Wang et al., arXiv 2304.04820) and BiGR.
+
+A VQGAN-style encoder projects each cell to k probabilities; a bit is a Bernoulli draw in training
+and `prob > 0.5` otherwise; the decoder reads the sum of the embeddings of the bits that are on.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float
+
+from bitgen.nn.conv import AttnBlock, Downsample, ResBlock, Upsample, conv, dense
+from bitgen.nn.norms import Dtype, group_norm
+
+Layout = list[tuple[str, int, int]]
+
+
+class BinaryAutoencoder(nn.Module):
+    """Images to k bits a cell and back; see `encode`, `decode` and `__call__`."""
+
+    channels: int = 3
+    width: int = 128
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    blocks: int = 2
+    bits: int = 24
+    embed_dim: int = 256
+    image_size: int = 256
+    attention_resolutions: tuple[int, ...] = (16,)
+    decoder_multiplier: float = 1.0  # times the encoder's residual blocks a level; "gen_mul"
+    norm_first: bool = True
+    deterministic: bool = False  # round instead of drawing bits in training
+    signed: bool = False  # bits enter the decoder as -1, 1 instead of 0, 1; "use_tanh"
+    remat: bool = False
+    dtype: Dtype = jnp.float32
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Cells of the bit grid for square images of `image_size`."""
+        side = self.image_size // 2 ** (len(self.multipliers) - 1)
+        return side, side
+
+    @property
+    def last_layer(self) -> tuple[str, ...]:
+        """Path of the convolution that makes the pixels, where GAN losses are balanced."""
+        return "decoder", f"blocks_{len(decoder_layout(self)) - 1}"
+
+    def setup(self):
+        self.encoder = BlockStack(encoder_layout(self), self.remat, self.dtype)
+        self.quantizer = BinaryQuantizer(self.bits, self.embed_dim, self.signed, self.dtype)
+        self.decoder = BlockStack(decoder_layout(self), self.remat, self.dtype)
+
+    def hidden(self, images: Float[Array, "b H W 3"]) -> Float[Array, "b h w e"]:
+        """Returns the encoder's output for images in [-1, 1]."""
+        return self.encoder((images.astype(self.dtype) + 1) / 2)
+
+    def probs(self, images: Float[Array, "b H W 3"]) -> Float[Array, "b h w k"]:
+        """Returns the probability of each bit for images in [-1, 1]."""
+        return self.quantizer.probs(self.hidden(images))
+
+    def encode(self, images: Float[Array, "b H W 3"]) -> Bool[Array, "b h w k"]:
+        """Returns the more probable value of each bit for images in [-1, 1]."""
+        return self.probs(images) > 0.5
+
+    def decode(self, bits: Bool[Array, "b h w k"]) -> Float[Array, "b H W 3"]:
+        """Returns images in about [-1, 1], not clipped."""
+        codes = self.quantizer.codes(bits.astype(jnp.float32))
+        return self._pixels(self.decoder(self.quantizer.embed(codes)))
+
+    def __call__(
+        self, images: Float[Array, "b H W 3"], *, train: bool
+    ) -> tuple[Float[Array, "b H W 3"], dict[str, Any]]:
+        """Returns the reconstruction and what the losses need, gradients straight through the bits.
+
+        The second value holds `losses` (name to scalar), `bits` and `last_input`, the activation
+        that enters `last_layer`. In training, bits are drawn with the rng named 'bits'.
+        """
+        probs = self.quantizer.probs(self.hidden(images))
+        if train and not self.deterministic:
+            bits = jax.random.bernoulli(self.make_rng("bits"), probs)
+        else:
+            bits = probs > 0.5
+        codes, soft = self.quantizer.codes(bits.astype(jnp.float32)), self.quantizer.codes(probs)
+        codes = soft + jax.lax.stop_gradient(codes - soft)
+        last_input = self.decoder(self.quantizer.embed(codes), stop=-1)
+        # The reference takes the sigmoid of the activated projection here, and so do we.
+        uncertain = jax.nn.sigmoid(soft) * jax.nn.sigmoid(-soft)
+        aux = {"losses": {"code": jnp.mean(uncertain)}, "bits": bits, "last_input": last_input}
+        return self._pixels(self.decoder.last(last_input)), aux
+
+    def _pixels(self, x):
+        return x.astype(jnp.float32) * 2 - 1
+
+
+class BinaryQuantizer(nn.Module):
+    """The projection to bit probabilities and the embedding of each bit."""
+
+    bits: int
+    embed_dim: int
+    signed: bool
+    dtype: Dtype
+
+    def setup(self):
+        self.proj = dense(self.bits, "proj", self.dtype)
+        shape = (self.bits, self.embed_dim)
+        self.embedding = self.param("embedding", nn.initializers.normal(1.0), shape, jnp.float32)
+
+    def probs(self, hidden):
+        """[b,h,w,e] -> the probability of each bit [b,h,w,k], float32."""
+        logits = self.proj(hidden).astype(jnp.float32)
+        # tanh(x) / 2 + 1 / 2 is sigmoid(2x).
+        return jax.nn.sigmoid(2 * logits if self.signed else logits)
+
+    def codes(self, values):
+        """Bits or probabilities in [0, 1] -> the values that the decoder was trained on."""
+        return values * 2 - 1 if self.signed else values
+
+    def embed(self, codes):
+        """[b,h,w,k] -> [b,h,w,e], the sum of each bit's embedding times its code."""
+        dtype = self.dtype
+        return jnp.einsum("bhwk,ke->bhwe", codes.astype(dtype), self.embedding.astype(dtype))
+
+
+class BlockStack(nn.Module):
+    """Applies the blocks of a layout in order, as `blocks_0`, `blocks_1`, ..."""
+
+    layout: Layout
+    remat: bool
+    dtype: Dtype
+
+    def setup(self):
+        self.blocks = [
+            _block(kind, features, self.remat, self.dtype) for kind, _, features in self.layout
+        ]
+
+    def __call__(self, x, stop: int | None = None):
+        """Returns the output of the blocks before `stop` (all of them by default)."""
+        for (kind, _, _), block in list(zip(self.layout, self.blocks, strict=True))[:stop]:
+            # The only activations between blocks: the norm before the last convolution has none.
+            x = block(x)
+        return x
+
+    def last(self, x):
+        """Returns the output of the last block alone."""
+        return self.blocks[-1](x)
+
+
+def _block(kind: str, features: int, remat: bool, dtype: Dtype) -> nn.Module:
+    res, attn = (nn.remat(ResBlock), nn.remat(AttnBlock)) if remat else (ResBlock, AttnBlock)
+    return {
+        "conv": lambda: conv(features, 3, None, dtype),
+        "res": lambda: res(features, dtype),
+        "attn": lambda: attn(dtype),
+        "down": lambda: Downsample(dtype),
+        "up": lambda: Upsample(dtype),
+        "norm": lambda: group_norm(None, dtype),
+    }[kind]()
+
+
+def encoder_layout(config: Any) -> Layout:
+    """Returns (kind, input channels, output channels) of each encoder block, in order.
+
+    `config` is anything with the fields of BinaryAutoencoder. Kinds: conv, res, attn, down, norm.
+    """
+    width = config.width
+    layout: Layout = [("conv", config.channels, width)]
+    channels, resolution = width, config.image_size
+    for level, multiplier in enumerate(config.multipliers):
+        for _ in range(config.blocks):
+            layout.append(("res", channels, width * multiplier))
+            channels = width * multiplier
+            if resolution in config.attention_resolutions:
+                layout.append(("attn", channels, channels))
+        if level < len(config.multipliers) - 1:
+            layout.append(("down", channels, channels))
+            resolution //= 2
+    layout += [(kind, channels, channels) for kind in ("res", "attn", "res", "norm")]
+    return [*layout, ("conv", channels, config.embed_dim)]
+
+
+def decoder_layout(config: Any) -> Layout:
+    """Returns (kind, input channels, output channels) of each decoder block, in order."""
+    embed_dim = config.embed_dim
+    channels = config.width * config.multipliers[-1]
+    resolution = config.image_size // 2 ** (len(config.multipliers) - 1)
+    layout: Layout = [("norm", embed_dim, embed_dim)] if config.norm_first else []
+    layout.append(("conv", embed_dim, channels))
+    layout += [(kind, channels, channels) for kind in ("res", "attn", "res")]
+    for level, multiplier in reversed(list(enumerate(config.multipliers))):
+        for _ in range(int(config.blocks * config.decoder_multiplier)):
+            layout.append(("res", channels, config.width * multiplier))
+            channels = config.width * multiplier
+            if resolution in config.attention_resolutions:
+                layout.append(("attn", channels, channels))
+        if level > 0:
+            layout.append(("up", channels, channels))
+            resolution *= 2
+    return [*layout, ("norm", channels, channels), ("conv", channels, config.channels)]

@@ -1,0 +1,207 @@
+"""The training loop, for every task."""
+
+import collections
+import dataclasses
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from bitgen import data, model_directory
+from bitgen.checkpoint import Checkpoints
+from bitgen.errors import UserError, choose
+from bitgen.logging import Progress, RunLog, merged, say
+from bitgen.mesh import make_mesh, replicated, shards_of_batch, to_device
+from bitgen.state import TrainState, born_sharded
+from bitgen.tasks.generator import GeneratorTask
+from bitgen.tasks.tokenizer import TokenizerTask
+
+TASKS = {"tokenizer": TokenizerTask, "generator": GeneratorTask}
+
+
+def run(config: Any, workdir: Path) -> None:
+    """Trains `config.model` in `workdir`, resuming what is there, and exports `workdir/model`.
+
+    Raises UserError for bad input, and when the loss is no longer finite.
+    """
+    # ---------------------------------------------------------------- settings
+    settings, batch_size, last = config.train, config.train.batch_size, config.train.steps
+    task = choose("task", settings.task, TASKS)(config)
+    mesh = make_mesh(**config.mesh)
+    _check(config, mesh)
+    checkpoints = Checkpoints(workdir, config.to_dict(), settings.keep)
+
+    # -------------------------------------------------------------------- data
+    batches = data.make_batches(
+        config.data,
+        batch_size=batch_size,
+        seed=config.seed,
+        training=True,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    _check_classes(config, batches)
+
+    # ------------------------------------------------------------------- state
+    init_key, step_key = jax.random.split(jax.random.key(config.seed))
+    state, shardings = born_sharded(task.init, init_key, (), mesh)
+    frozen = jax.device_put(task.frozen(), replicated(mesh))
+    step = 0
+    if checkpoints.latest is not None:
+        state, position = checkpoints.restore(state)
+        batches.set_state(position)
+        step = int(state.step)
+        say(f"resuming {workdir} at step {step}")
+    feed = Feed(batches, mesh)
+    size = sum(leaf.size for leaf in jax.tree.leaves(state.params["model"]))
+    say(f"training {config.model.family}: {size / 1e6:.1f} M parameters, {mesh.size} devices")
+
+    # ------------------------------------------------------------------- steps
+    def train_step(state: TrainState, frozen, batch, stage: bool):
+        return task.step(state, frozen, batch, jax.random.fold_in(step_key, state.step), stage)
+
+    program = jax.jit(
+        train_step,
+        static_argnums=3,
+        donate_argnums=0,
+        out_shardings=(shardings, replicated(mesh)),
+    )
+    compiled: dict[bool, Any] = {}
+
+    log = RunLog(workdir)
+    stop = _StopSignal()
+    progress, pending, saved = None, [], step
+    while step < last and not stop.received:
+        waiting = time.monotonic()
+        batch = feed.next()
+        waited = time.monotonic() - waiting
+        stage = task.stage(step)
+        if stage not in compiled:
+            started = time.monotonic()
+            compiled[stage] = program.lower(state, frozen, batch, stage).compile()
+            say(f"compiled the training step in {time.monotonic() - started:.1f} s")
+            progress = Progress(step, last, batch_size, _flops(compiled[stage]))
+        assert progress is not None
+        state, metrics = compiled[stage](state, frozen, batch)
+        step += 1
+        progress.waited += waited
+        pending.append(metrics)
+
+        # --------------------------------------------------------- log, save
+        leaving = step == last or stop.received
+        saving = leaving or step % settings.checkpoint_every == 0
+        if saving or step % settings.log_every == 0:
+            metrics = _finite(jax.device_get(pending), step, workdir, saved)
+            pending = []
+            line, speed = progress.report(step, float(metrics["loss"]))
+            say(line)
+            log.scalars(step, {**task.summarise(metrics), **speed, **_counts(batches)})
+        if settings.preview_every and (leaving or step % settings.preview_every == 0):
+            for name, picture in task.preview(state, feed.preview(settings.preview_images)).items():
+                log.image(step, name, picture)
+        if saving:
+            checkpoints.save(step, state, feed.position)
+            saved = step
+            model_directory.write(workdir / "model", {**task.info, "steps": step}, state.ema)
+
+    # ------------------------------------------------------------------ the end
+    checkpoints.close()
+    log.close()
+    if stop.received:
+        say(f"stopped by a signal: saved step {step}, the same command goes on from there")
+    elif not compiled:
+        say(f"nothing to do: {workdir} is at step {step} of {last}")
+    else:
+        say(f"done: {workdir / 'model'} is the averaged model after {step} steps")
+
+
+@dataclasses.dataclass
+class Feed:
+    """Keeps batches on their way to the devices, and knows the data position of the last used."""
+
+    batches: Any
+    mesh: Any
+    ahead: int = 2
+    position: Any = None
+    first: dict[str, np.ndarray] | None = None
+
+    def __post_init__(self):
+        self.queue = collections.deque()
+        self.position = self.batches.get_state()
+
+    def next(self) -> dict[str, jax.Array]:
+        """Returns the next batch on the devices."""
+        while len(self.queue) < self.ahead:
+            batch = next(self.batches)
+            self.first = self.first or batch
+            self.queue.append((to_device(batch, self.mesh), self.batches.get_state()))
+        batch, self.position = self.queue.popleft()
+        return batch
+
+    def preview(self, count: int) -> dict[str, np.ndarray]:
+        """Returns rows of the first batch of this process, the same for every picture."""
+        assert self.first is not None
+        return {name: value[:count] for name, value in self.first.items()}
+
+
+class _StopSignal:
+    """Notes SIGTERM and SIGINT; the loop ends after the step under way."""
+
+    def __init__(self):
+        self.received = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number, frame):
+        del number, frame
+        self.received = True
+
+
+def _finite(metrics: list[dict[str, Any]], step: int, workdir: Path, saved: int) -> dict[str, Any]:
+    """-> the mean over steps; UserError that names the first step whose loss is not finite."""
+    for i, m in enumerate(metrics):
+        if not np.isfinite(m["loss"]):
+            bad = step - len(metrics) + 1 + i
+            kept = f"{workdir} keeps the checkpoint of step {saved}" if saved else "nothing is saved"
+            raise UserError(
+                f"the loss is {m['loss']} at step {bad}; {kept}; "
+                "lower config.optim.lr, set config.optim.clip, or use float32"
+            )
+    return merged(metrics)
+
+
+def _check(config: Any, mesh: Any) -> None:
+    shards = shards_of_batch(mesh)
+    if config.train.batch_size % shards:
+        raise UserError(
+            f"config.train.batch_size={config.train.batch_size} does not split over {shards} "
+            f"devices; choose a multiple of {shards}"
+        )
+    if config.train.task == "tokenizer" and config.data.image_size != config.model.image_size:
+        raise UserError(
+            f"config.data.image_size={config.data.image_size} and "
+            f"config.model.image_size={config.model.image_size} differ"
+        )
+
+
+def _check_classes(config: Any, batches: Any) -> None:
+    if config.train.task == "generator" and batches.num_classes > config.model.num_classes:
+        raise UserError(
+            f"the data has {batches.num_classes} classes, the generator {config.model.num_classes}; "
+            f"set --config.model.num_classes={batches.num_classes}"
+        )
+
+
+def _flops(compiled: Any) -> float | None:
+    """Counted FLOPs of one step on one device, where the compiler tells."""
+    analysis = compiled.cost_analysis() or {}
+    flops = analysis.get("flops", 0) * jax.device_count()
+    return flops if flops > 0 else None
+
+
+def _counts(batches: Any) -> dict[str, float]:
+    broken = batches.counts()["broken"]
+    return {"broken_images": float(broken)} if broken else {}

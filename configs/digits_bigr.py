@@ -1,0 +1,47 @@
+"""A small BiGR on the digits' bits.
+
+    python -m bitgen.main --config=configs/digits_bigr.py --workdir=runs/digits/bigr
+"""
+
+from bitgen import config
+
+
+def get_config():
+    """Returns the settings."""
+    c = config.generator(
+        "bigr",
+        width=128,
+        layers=4,
+        heads=4,
+        bits=8,
+        grid=(8, 8),
+        num_classes=10,
+        denoiser_width=128,
+        denoiser_layers=2,
+        diffusion_steps=64,
+        dropout=0.1,
+    )
+    c.tokenizer = "runs/digits/tokenizer/model"
+    c.data.source = "bits"
+    c.data.path = "runs/digits/bits"
+    c.data.flip = False
+    c.train.batch_size = 64
+    c.train.steps = 1500
+    c.train.log_every = 100
+    c.train.preview_every = 500
+    c.train.preview_images = 40
+    c.train.checkpoint_every = 500
+    c.optim.lr = 1e-3
+    c.optim.warmup = 50
+    c.optim.schedule = "cosine"
+    c.optim.b2 = 0.95
+    c.optim.weight_decay = 2e-2
+    c.optim.no_decay = ("bias$", "scale$", "^denoiser/")
+    c.optim.clip = 1.0
+    c.optim.ema = 0.99
+    c.sampler.iterations = 10
+    c.sampler.guidance = 2.0
+    c.sampler.denoiser_steps = 32
+    c.sample.labels = "0-9"
+    c.sample.per_label = 10
+    return c

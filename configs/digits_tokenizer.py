@@ -1,0 +1,34 @@
+"""A small binary autoencoder on scikit-learn's digits: 32x32 images to an 8x8 grid of 8 bits.
+
+    python -m bitgen.main --config=configs/digits_tokenizer.py --workdir=runs/digits/tokenizer
+"""
+
+from bitgen import config
+
+
+def get_config():
+    """Returns the settings."""
+    c = config.tokenizer(
+        "binary_ae",
+        width=32,
+        multipliers=(1, 2, 2),
+        blocks=1,
+        bits=8,
+        embed_dim=32,
+        image_size=32,
+        attention_resolutions=(),
+    )
+    c.data.flip = False
+    c.train.batch_size = 32
+    c.train.steps = 600
+    c.train.log_every = 50
+    c.train.preview_every = 300
+    c.train.checkpoint_every = 300
+    c.optim.name = "adam"
+    c.optim.lr = 2e-3
+    c.optim.warmup = 20
+    c.optim.schedule = "cosine"
+    c.optim.ema = 0.99
+    c.loss.perceptual_weight = 0.0
+    c.loss.gan_weight = 0.0
+    return c

@@ -1,0 +1,268 @@
+"""Runs one golden: `python tests/parity.py PATH/NAME.json` compares us with the reference's arrays.
+
+Prints the largest error of each array and exits 1 if one is beyond tolerance: atol = rtol = 2e-4, or
+2e-3 for `*_full`; Monte-Carlo statistics in standard errors. The weights are made from the tensors'
+names (`synthetic.py`) and loaded through the conversion tables.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from synthetic import synthetic_state_dict
+
+from bitgen import build
+from bitgen.convert import bigr, binary_ae, patchgan
+from bitgen.convert.rules import import_tensors
+from bitgen.heads.bernoulli import BernoulliHead, chain_times, marginal
+from bitgen.losses.adversarial import PatchDiscriminator
+from bitgen.losses.lpips import _to_tree, lpips_distance
+from bitgen.samplers.images import image_keys
+from bitgen.samplers.masked import MaskedPlan, sample_bits
+
+Arrays = dict[str, np.ndarray]
+
+
+class Result(NamedTuple):
+    """One array compared; `errors` is in units of what is tolerated."""
+
+    name: str
+    ours: np.ndarray
+    golden: np.ndarray
+    errors: np.ndarray
+    unit: str
+
+
+def close(name: str, ours: Any, golden: np.ndarray, tolerance: float) -> Result:
+    """Compares values: |ours - golden| against tolerance * (1 + |golden|)."""
+    ours, golden = np.asarray(ours, np.float64), np.asarray(golden, np.float64)
+    assert ours.shape == golden.shape, f"{name}: {ours.shape} against {golden.shape}"
+    errors = np.abs(ours - golden) / (tolerance * (1 + np.abs(golden)))
+    return Result(name, ours, golden, errors, f"of tolerance {tolerance:g}")
+
+
+def nchw(x: Any) -> np.ndarray:
+    """[b, h, w, c] -> [b, c, h, w]."""
+    return np.asarray(x).transpose(0, 3, 1, 2)
+
+
+def nhwc(x: np.ndarray) -> np.ndarray:
+    """[b, c, h, w] -> [b, h, w, c], float32."""
+    return np.asarray(x, np.float32).transpose(0, 2, 3, 1)
+
+
+def like(x: np.ndarray, golden: np.ndarray) -> np.ndarray:
+    """Cuts [b, c, h, w] as a large golden is cut: its first channels, every so many pixels."""
+    step = x.shape[2] // golden.shape[2]
+    return x[:, : golden.shape[1], ::step, ::step]
+
+
+def binary_ae_results(spec: dict, arrays: Arrays, tolerance: float) -> Iterator[Result]:
+    """The binary autoencoder; its images are in [0, 1]."""
+    hparams = binary_ae.hparams_from_reference(spec["hparams"])
+    module = build.make_module("tokenizer", "binary_ae", hparams)
+    state = synthetic_state_dict(spec)
+    table = binary_ae.table(hparams, **binary_ae.wrapping({k: v.shape for k, v in state.items()}))
+    params, _ = import_tensors(table, state, build.param_shapes(module))
+
+    def apply(method, x):
+        return jax.jit(lambda p, x: module.apply({"params": p}, x, method=method))(params, x)
+
+    images = nhwc(arrays["image"]) * 2 - 1
+    hidden, probs = nchw(apply("hidden", images)), nchw(apply("probs", images))
+    yield close("hidden", like(hidden, arrays["hidden"]), arrays["hidden"], tolerance)
+    if hparams.get("signed"):
+        probs = probs * 2 - 1  # the golden holds the activation, tanh
+    yield close("code_prob", probs, arrays["code_prob"], tolerance)
+    decoded = nchw((apply("decode", nhwc(arrays["bits_in"]) > 0.5) + 1) / 2)
+    yield close("decoded", like(decoded, arrays["decoded"]), arrays["decoded"], tolerance)
+
+
+def patchgan_results(spec: dict, arrays: Arrays, tolerance: float) -> Iterator[Result]:
+    """The discriminator in evaluation mode, fed as the original is."""
+    hparams = {"width": spec["hparams"]["ndf"], "layers": spec["hparams"]["n_layers"]}
+    module = PatchDiscriminator(**hparams, pixel_range=(-1.0, 1.0))
+    images = nhwc(arrays["image"])
+    target = jax.eval_shape(lambda: module.init(jax.random.key(0), images))
+    variables, _ = import_tensors(patchgan.table(hparams, ""), synthetic_state_dict(spec), target)
+    logits = module.apply(variables, images)
+    yield close("logits_eval", nchw(logits), arrays["logits_eval"], tolerance)
+
+
+def lpips_results(spec: dict, arrays: Arrays, tolerance: float) -> Iterator[Result]:
+    """The perceptual distance; the golden's channel weights are absolute values."""
+    state = synthetic_state_dict(spec)
+    state = {name: np.abs(x) if name.startswith("lin") else x for name, x in state.items()}
+    params = _to_tree(list(state.items()), "golden")
+    ours = lpips_distance(params, nhwc(arrays["image0"]), nhwc(arrays["image1"]))
+    yield close("distance", ours, arrays["distance"], tolerance)
+
+
+def bigr_results(spec: dict, arrays: Arrays, tolerance: float) -> Iterator[Result]:
+    """BiGR: transformer, head, loss, chain of the head, and statistics of the whole sampler."""
+    hparams = bigr.hparams_from_reference(spec["hparams"])
+    module = build.make_module("generator", "bigr", hparams)
+    params, _ = import_tensors(
+        bigr.table(hparams), synthetic_state_dict(spec), build.param_shapes(module)
+    )
+
+    def apply(*args, method):
+        return module.apply({"params": params}, *args, method=method)
+
+    bits, labels = jnp.asarray(arrays["bits"]) > 0.5, jnp.asarray(arrays["label"], jnp.int32)
+    mask = jnp.asarray(arrays["mask"])
+    classes = apply(labels, method="embed_labels")
+    cond = apply(bits, mask, classes, method="hidden")
+    yield close("denoiser_cond", cond, arrays["denoiser_cond"], tolerance)
+    name = "denoiser_cond_interpolated_30_70_with_next_label"
+    other = apply((labels + 1) % hparams["num_classes"], method="embed_labels")
+    cond = apply(bits, mask, 0.3 * classes + 0.7 * other, method="hidden")
+    yield close(name, cond, arrays[name], tolerance)
+    name = "features_per_layer_full_image"
+    yield close(name, apply(bits, labels, method="features"), arrays[name], tolerance)
+    head = BernoulliHead(
+        module.bits,
+        module.denoiser_width,
+        module.denoiser_layers,
+        steps=module.diffusion_steps,
+        predict_flip=module.predict_flip,
+    )
+    yield from head_results(head, params["denoiser"], arrays, tolerance)
+    yield from statistics(module, params, spec, arrays)
+
+
+def head_results(
+    head: BernoulliHead, params: Any, arrays: Arrays, tolerance: float
+) -> Iterator[Result]:
+    """The Bernoulli head alone."""
+    cond = jnp.asarray(arrays["denoiser_c"])
+    logits = head.apply(
+        {"params": params},
+        jnp.asarray(arrays["denoiser_x_t"]),
+        jnp.asarray(arrays["denoiser_t0"], jnp.int32),
+        cond,
+        method="logits",
+    )
+    yield close("denoiser_logits", logits, arrays["denoiser_logits"], tolerance)
+    steps = np.arange(head.steps + 1)
+    yield close("sched_k", 1 - 2 * marginal(0.0, steps, head.steps), arrays["sched_k"], tolerance)
+    yield close("sched_b", marginal(0.0, steps, head.steps), arrays["sched_b"], tolerance)
+    keep = np.hstack([1, (head.steps - steps[1:]) / (head.steps - steps[:-1])])
+    yield close("sched_beta", keep, arrays["sched_beta"], tolerance)
+    for name in arrays:
+        if settings := re.fullmatch(r"loss_all_focal(.+)_alpha(.+)_aux(.+)", name):
+            focal, alpha, aux = map(float, settings.groups())
+            losses, metrics = head.clone(focal=focal, alpha=alpha, vlb_weight=aux).apply(
+                {"params": params},
+                jnp.asarray(arrays["train_x0"]),
+                jnp.asarray(arrays["train_t"], jnp.int32),
+                jnp.asarray(arrays["train_uniform"]),
+                cond,
+                method="loss_given",
+            )
+            yield close(name, losses, arrays[name], tolerance)
+            name = name.replace("loss_all", "bce_all")
+            yield close(name, metrics["bce"], arrays[name], tolerance)
+    conds = jnp.asarray(arrays["chain_cond_then_uncond"])[:, None]
+    uniforms = jnp.asarray(arrays["chain_uniforms"])[:, :, None]
+    half, chain = len(conds) // 2, len(uniforms) - 1
+    probs = head.apply(
+        {"params": params},
+        conds[:half],
+        conds[half:],
+        lambda i: uniforms[i],
+        chain,
+        float(arrays["chain_cfg"]),
+        float(arrays["chain_temp"]),
+        method="sample_given",
+    )
+    yield close("chain_final_prob", probs[:, 0], arrays["chain_final_prob"], tolerance)
+    name = "chain_timesteps_1based"
+    yield close(name, chain_times(head.steps, chain), arrays[name], 0.5)
+
+
+def statistics(module: Any, params: Any, spec: dict, arrays: Arrays) -> Iterator[Result]:
+    """Mean and covariance of the bits of many samples, in standard errors of the difference."""
+    pattern = r"sample_bit_mean_(\d+)_label(\d+)_iter(\d+)_cfg([\d.]+)(\D+)_gumbel([\d.]+)(\D+)"
+    name, found = next((n, m) for n in arrays if (m := re.fullmatch(pattern, n)))
+    count, label, iterations, cfg, cfg_schedule, gumbel, gumbel_schedule = found.groups()
+    plan = MaskedPlan(
+        iterations=int(iterations),
+        guidance=float(cfg),
+        guidance_schedule=cfg_schedule,
+        gumbel=float(gumbel),
+        gumbel_schedule=gumbel_schedule,
+        denoiser_steps=spec["hparams"]["infer_steps"],
+    )
+    n = int(count)
+    labels = jnp.full((n,), int(label))
+    bits = jax.jit(lambda p, k: sample_bits(module, p, labels, k, plan))(
+        params, image_keys(0, np.arange(n))
+    )
+    bits = np.asarray(bits, np.float64).reshape(n, module.tokens, module.bits)
+    mean, golden = bits.mean(0), arrays[name].astype(np.float64)
+    error = np.sqrt(2 * np.maximum(golden * (1 - golden), 1 / n) / n)
+    yield Result(name, mean, golden, np.abs(mean - golden) / error / 5, "of 5 standard errors")
+    golden = arrays["sample_bit_cov"].astype(np.float64)
+    cov = np.cov(bits.reshape(n, -1)[:, : len(golden)].T)
+    variances = np.maximum(np.diag(golden), 1 / n)
+    error = np.sqrt(2 * (np.outer(variances, variances) + golden**2) / n)
+    # Thousands of entries: one more standard error keeps chance out.
+    yield Result(
+        "sample_bit_cov", cov, golden, np.abs(cov - golden) / error / 6, "of 6 standard errors"
+    )
+
+
+# Family -> (what compares it, arrays that are only inputs).
+FAMILIES: dict[str, tuple[Callable[[dict, Arrays, float], Iterator[Result]], str]] = {
+    "binary_ae": (binary_ae_results, "image bits_in"),
+    "patchgan_discriminator": (patchgan_results, "image"),
+    "lpips": (lpips_results, "image0 image1"),
+    "bigr": (
+        bigr_results,
+        "bits label mask denoiser_x_t denoiser_t0 denoiser_c train_x0 train_t train_uniform "
+        "chain_cond_then_uncond chain_uniforms chain_temp chain_cfg",
+    ),
+}
+
+
+def compare(path: str | Path) -> list[Result]:
+    """Returns every output array of a golden compared; raises ValueError if one is left out."""
+    path = Path(path)
+    spec = json.loads(path.read_text())
+    with np.load(path.with_suffix(".npz")) as file:
+        arrays = dict(file)
+    if spec["family"] not in FAMILIES:
+        raise ValueError(f"{path}: family {spec['family']!r}, have {sorted(FAMILIES)}")
+    results, inputs = FAMILIES[spec["family"]]
+    found = list(results(spec, arrays, 2e-3 if path.stem.endswith("_full") else 2e-4))
+    left_out = set(arrays) - {result.name for result in found} - set(inputs.split())
+    if left_out:
+        raise ValueError(f"{path}: nothing compares {sorted(left_out)}")
+    return found
+
+
+def main(argv: list[str]) -> int:
+    """Prints a line for each array; returns 1 if one is beyond tolerance."""
+    if len(argv) != 2:
+        print(__doc__, file=sys.stderr)
+        return 2
+    failed = False
+    for r in compare(argv[1]):
+        worst = r.errors.max() if r.errors.size else 0.0
+        beyond = not worst <= 1
+        failed |= beyond
+        error = np.abs(r.ours - r.golden).max()
+        verdict = "FAILED" if beyond else "ok"
+        print(f"{verdict:6} {r.name}: largest error {error:.3g}, {worst:.3f} {r.unit}")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
