@@ -107,6 +107,7 @@ def say(message: str) -> None:
 def quiet() -> None:
     """Keeps the libraries' own chatter out of the console; warnings still show."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # it announces itself, and is not used
     for name in ("absl", "orbax", "jax", "grain"):
         logging.getLogger(name).setLevel(logging.WARNING)
 

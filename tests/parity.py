@@ -22,7 +22,7 @@ from bitgen.convert import bigr, binary_ae, patchgan
 from bitgen.convert.rules import import_tensors
 from bitgen.heads.bernoulli import BernoulliHead, chain_times, marginal
 from bitgen.losses.adversarial import PatchDiscriminator
-from bitgen.losses.lpips import _to_tree, lpips_distance
+from bitgen.losses.lpips import params_from_tensors, lpips_distance
 from bitgen.samplers.images import image_keys
 from bitgen.samplers.masked import MaskedPlan, sample_bits
 
@@ -99,7 +99,7 @@ def lpips_results(spec: dict, arrays: Arrays, tolerance: float) -> Iterator[Resu
     """The perceptual distance; the golden's channel weights are absolute values."""
     state = synthetic_state_dict(spec)
     state = {name: np.abs(x) if name.startswith("lin") else x for name, x in state.items()}
-    params = _to_tree(list(state.items()), "golden")
+    params = params_from_tensors(list(state.items()), "golden")
     ours = lpips_distance(params, nhwc(arrays["image0"]), nhwc(arrays["image1"]))
     yield close("distance", ours, arrays["distance"], tolerance)
 

@@ -13,6 +13,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from bitgen.errors import UserError
 from bitgen.nn.norms import Dtype, layer_norm
 
 _TIME_FREQUENCIES = 256
@@ -157,10 +158,10 @@ class BernoulliHead(nn.Module):
 def chain_times(total: int, steps: int) -> np.ndarray:
     """Returns the 1-based steps of a chain, ascending: `steps` of `total`, evenly spaced.
 
-    Raises ValueError unless 1 <= steps <= total.
+    Raises UserError unless 1 <= steps <= total.
     """
     if not 1 <= steps <= total:
-        raise ValueError(f"denoiser steps must be from 1 to {total}, got {steps}")
+        raise UserError(f"denoiser steps must be from 1 to {total}, got {steps}")
     if steps == total:
         return np.arange(1, total + 1)
     return 1 + (np.linspace(0.0, 1.0, steps) * (total - 1)).astype(int)

@@ -1,11 +1,9 @@
 """Schedules of guidance and noise over a sampler's steps."""
 
-from typing import Literal
-
 import numpy as np
 from jaxtyping import Float
 
-Schedule = Literal["constant", "linear", "up", "down"]
+from bitgen.errors import UserError
 
 
 def guidance_schedule(
@@ -13,13 +11,13 @@ def guidance_schedule(
 ) -> Float[np.ndarray, " i"]:
     """Returns the guidance at each ratio in (0, 1] of the steps done: constant, or linear from 1.
 
-    Raises ValueError for another schedule.
+    Raises UserError for another schedule.
     """
     if schedule == "constant":
         return np.full(len(ratios), scale, np.float32)
     if schedule == "linear":
         return (1 + (scale - 1) * ratios).astype(np.float32)
-    raise ValueError(f"unknown guidance schedule {schedule!r}, have ['constant', 'linear']")
+    raise UserError(f"unknown guidance schedule {schedule!r}, have ['constant', 'linear']")
 
 
 def temperature_schedule(
@@ -27,7 +25,7 @@ def temperature_schedule(
 ) -> Float[np.ndarray, " i"]:
     """Returns the temperature at each ratio: constant, up from 0, or down to 0.
 
-    Raises ValueError for another schedule.
+    Raises UserError for another schedule.
     """
     if schedule == "constant":
         return np.full(len(ratios), temperature, np.float32)
@@ -35,4 +33,4 @@ def temperature_schedule(
         return (temperature * ratios).astype(np.float32)
     if schedule == "down":
         return (temperature * (1 - ratios)).astype(np.float32)
-    raise ValueError(f"unknown Gumbel schedule {schedule!r}, have ['constant', 'down', 'up']")
+    raise UserError(f"unknown Gumbel schedule {schedule!r}, have ['constant', 'down', 'up']")

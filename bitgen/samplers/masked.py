@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from bitgen.errors import UserError
 from bitgen.generators.bigr import BiGR
 from bitgen.samplers.guidance import guidance_schedule, temperature_schedule
 
@@ -45,14 +46,17 @@ class Iterations:
 def iterations(plan: MaskedPlan, tokens: int) -> Iterations:
     """Returns the schedule over `tokens` masked tokens; iterations that draw none are left out.
 
-    Raises ValueError for an impossible setting.
+    Raises UserError for an impossible setting.
     """
     if plan.iterations < 1 or tokens < 1:
-        raise ValueError(f"need at least one iteration and token: {plan.iterations}, {tokens}")
+        raise UserError(
+            f"the sampler needs an iteration and a masked token at least, "
+            f"got iterations {plan.iterations} and tokens {tokens}"
+        )
     ratios = np.arange(1, plan.iterations + 1) / plan.iterations
     shares = {"cosine": np.cos(math.pi / 2 * ratios), "linear": 1 - ratios}
     if plan.order not in shares:
-        raise ValueError(f"unknown order {plan.order!r}, have {sorted(shares)}")
+        raise UserError(f"unknown order {plan.order!r}, have {sorted(shares)}")
     after = np.floor(shares[plan.order] * tokens).astype(int)
     before = np.concatenate([[tokens], after[:-1]])
     drawn = before > after

@@ -1,0 +1,212 @@
+"""Conversion table of BiGR (haoosz/BiGR); released files hold `{"ema": state dict}`."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from bitgen.convert.entries import (
+    LINEAR,
+    SAME,
+    Alias,
+    Constant,
+    Entry,
+    Rule,
+    Shape,
+    Transform,
+    shape_votes,
+    squeeze,
+)
+from bitgen.errors import UserError
+from bitgen.generators.bigr import BiGR
+from bitgen.nn.mlp import swiglu_width
+
+_REFERENCE_NAMES = {
+    "dim": "width",
+    "n_layer": "layers",
+    "n_head": "heads",
+    "binary_size": "bits",
+    "num_classes": "num_classes",
+    "denoise_hidden_dim": "denoiser_width",
+    "num_block_mlp": "denoiser_layers",
+    "n_sample_steps": "diffusion_steps",
+    "use_adaLN": "adaln",
+    "p_flip": "predict_flip",
+    "multiple_of": "mlp_multiple",
+    "norm_eps": "norm_eps",
+    "rope_base": "rope_base",
+    "cls_token_num": "class_tokens",
+}
+_HEAD_DIM = 64  # of every released size
+_MULTIPLES = (256, 128, 64, 32, 16, 8, 4, 2, 1)  # tried in this order
+
+
+def hparams_from_reference(reference: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns BiGR's settings from the original's hyper-parameters.
+
+    Raises UserError if the tokens are not a square grid or differ from the learned positions.
+    """
+    # The original's defaults where they are not ours.
+    found: dict[str, Any] = {"adaln": False, "predict_flip": False}
+    for theirs, ours in _REFERENCE_NAMES.items():
+        if theirs in reference:
+            found[ours] = reference[theirs]
+    tokens = reference.get("block_size", 256)
+    side = math.isqrt(tokens)
+    if side * side != tokens or reference.get("seq_len", tokens) != tokens:
+        raise UserError(
+            f"block_size {tokens} must be a square and equal seq_len {reference.get('seq_len')}"
+        )
+    found["grid"] = (side, side)
+    found["rope_base"] = float(found.get("rope_base", 10_000.0))
+    return found
+
+
+def table(hparams: Mapping[str, Any]) -> list[Entry]:
+    """Returns the entries between a PyTorch file and the parameters of BiGR with these settings."""
+    config = BiGR(**hparams)
+    entries: list[Entry] = [
+        Rule("mask_tok", "mask_token", squeeze(0)),
+        Rule("diffusion_pos_embed_learned", "position_embedding", squeeze(0)),
+        Rule("cls_embedding.embedding_table.weight", "class_embedding"),
+        *_dense("tok_embeddings", "bits_embedding"),
+        Rule("norm.weight", "norm/scale"),
+        *_layers(config),
+        *_denoiser(),
+    ]
+    if config.adaln:
+        entries += _dense("adaLN.1", "adaln")
+        entries.append(_stacked("ada_gss", "modulation_offset", squeeze(0, 1)))
+    entries.append(Alias("diffusion_processor._denoise_fn.{name*}", of="denoise_mlp.{name*}"))
+    steps = (config.diffusion_steps + 1,)
+    for name in ("k_final", "b_final", "beta", "cumbeta"):
+        entries.append(Constant(f"diffusion_processor.scheduler.{name}", _schedule(name), steps))
+    return entries
+
+
+def recognise(shapes: Mapping[str, Shape]) -> dict[str, Any] | None:
+    """Returns BiGR's settings from a file's names and shapes, or None if it has none.
+
+    What no shape tells is that of the released models: 64 channels a head, flips predicted, one
+    class token, and our defaults of the norm and of rotary positions.
+    """
+    layers = _count(shapes, "layers.")
+    denoiser_layers = _count(shapes, "denoise_mlp.blocks.")
+    width = shape_votes(shapes, r"layers\.\d+\.(attention|ffn)_norm\.weight", 0)
+    hidden = shape_votes(shapes, r"layers\.\d+\.feed_forward\.w[13]\.weight", 0)
+    bits = shape_votes(shapes, r"(tok_embeddings|denoise_mlp\.x_embedder)\.weight", 1)
+    denoiser_width = shape_votes(shapes, r"denoise_mlp\.blocks\.\d+\.mlp\.\d\.bias", 0)
+    if width is None or hidden is None or bits is None or denoiser_width is None:
+        return None
+    multiples = [m for m in _MULTIPLES if swiglu_width(width, m) == hidden]
+    side = math.isqrt(shape_votes(shapes, "diffusion_pos_embed_learned", 1) or 256)
+    classes = shape_votes(shapes, r"cls_embedding\.embedding_table\.weight", 0) or 1001
+    times = shape_votes(shapes, r"diffusion_processor\.scheduler\.\w+", 0) or 257
+    if not multiples or not denoiser_layers:
+        return None
+    return {
+        "width": width,
+        "layers": layers,
+        "heads": 1 if width % _HEAD_DIM else width // _HEAD_DIM,
+        "bits": bits,
+        "grid": (side, side),
+        "num_classes": classes - 1,
+        "denoiser_width": denoiser_width,
+        "denoiser_layers": denoiser_layers,
+        "diffusion_steps": times - 1,
+        "adaln": any(name.startswith("adaLN.") or name.endswith(".ada_gss") for name in shapes),
+        "predict_flip": True,
+        "mlp_multiple": multiples[0],
+        "norm_eps": 1e-5,
+        "rope_base": 10_000.0,
+        "class_tokens": 1,
+    }
+
+
+def wrapping(shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """Returns what `table` needs to know of a file besides the settings: nothing."""
+    return {}
+
+
+def noise_schedule(steps: int) -> dict[str, np.ndarray]:
+    """Returns the linear schedule as the original stores it, four arrays float32 [steps + 1].
+
+    At step t a bit x has mean `k_final[t] * x + b_final[t]`, and `beta[t]` is what one step keeps.
+    """
+    # Sums in float64 like the original's, so that the stored float32 are equal bit for bit.
+    beta = 1 - 1 / (steps - np.arange(1, steps + 1) + 1)
+    keep, coin = [1.0], [0.0]
+    for kept in beta:
+        keep.append(keep[-1] * kept)
+        coin.append(kept * coin[-1] + 0.5 * (1 - kept))
+    beta = np.concatenate([[1.0], beta]).astype(np.float32)
+    return {
+        "k_final": np.array(keep, np.float32),
+        "b_final": np.array(coin, np.float32),
+        "beta": beta,
+        "cumbeta": np.cumprod(beta, dtype=np.float64).astype(np.float32),
+    }
+
+
+def _schedule(name: str) -> Callable[[Mapping[str, Any]], np.ndarray]:
+    return lambda hparams: noise_schedule(BiGR(**hparams).diffusion_steps)[name]
+
+
+def _dense(torch: str, ours: str) -> list[Entry]:
+    return [
+        Rule(f"{torch}.weight", f"{ours}/kernel", LINEAR),
+        Rule(f"{torch}.bias", f"{ours}/bias"),
+    ]
+
+
+def _stacked(torch: str, ours: str, transform: Transform = SAME) -> Rule:
+    return Rule(f"layers.{{layer}}.{torch}", f"layers/{ours}", transform, stack="layer")
+
+
+def _layers(config: BiGR) -> list[Entry]:
+    width, heads = config.width, config.heads
+    split = (heads, width // heads)
+    qkv = Transform(  # [3 d, d] -> [d, 3, heads, head_dim]
+        lambda x: x.reshape(3, *split, width).transpose(3, 0, 1, 2),
+        lambda x: x.transpose(1, 2, 3, 0).reshape(3 * width, width),
+    )
+    out = Transform(  # [d, d] -> [heads, head_dim, d]
+        lambda x: x.T.reshape(*split, width),
+        lambda x: x.reshape(width, width).T,
+    )
+    return [
+        _stacked("attention.wqkv.weight", "attention/qkv/kernel", qkv),
+        _stacked("attention.wo.weight", "attention/out/kernel", out),
+        _stacked("feed_forward.w1.weight", "mlp/gate/kernel", LINEAR),
+        _stacked("feed_forward.w3.weight", "mlp/up/kernel", LINEAR),
+        _stacked("feed_forward.w2.weight", "mlp/down/kernel", LINEAR),
+        _stacked("attention_norm.weight", "attention_norm/scale"),
+        _stacked("ffn_norm.weight", "mlp_norm/scale"),
+    ]
+
+
+def _denoiser() -> list[Entry]:
+    names = {
+        "t_embedder.mlp.0": "time_in",
+        "t_embedder.mlp.2": "time_out",
+        "x_embedder": "bits_in",
+        "c_embedder": "cond_in",
+        "blocks.{block}.mlp.0": "blocks_{block}/mlp_in",
+        "blocks.{block}.mlp.2": "blocks_{block}/mlp_out",
+        "blocks.{block}.adaLN_modulation.1": "blocks_{block}/modulation",
+        "final_layer.linear": "final/linear",
+        "final_layer.adaLN_modulation.1": "final/modulation",
+    }
+    entries: list[Entry] = []
+    for torch, ours in names.items():
+        entries += _dense(f"denoise_mlp.{torch}", f"denoiser/{ours}")
+    return entries
+
+
+def _count(shapes: Mapping[str, Shape], prefix: str) -> int:
+    """One more than the highest number after the prefix."""
+    numbers = (
+        name.removeprefix(prefix).split(".")[0] for name in shapes if name.startswith(prefix)
+    )
+    return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)

@@ -1,0 +1,236 @@
+"""Conversion table of the binary autoencoder of Binary Latent Diffusion and BiGR.
+
+Released files hold a state dict of the whole GAN: `ae.*`, `disc.*`, `perceptual.*`; bare
+autoencoders have the names without `ae.`.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from bitgen.convert import patchgan
+from bitgen.convert.entries import (
+    CONV,
+    POINTWISE,
+    SAME,
+    Carry,
+    Entry,
+    Ignore,
+    Rule,
+    Shape,
+    Transform,
+    shape_votes,
+    zeros,
+)
+from bitgen.errors import UserError
+from bitgen.tokenizers.binary_ae import BinaryAutoencoder, decoder_layout, encoder_layout
+
+_REFERENCE_NAMES = {
+    "n_channels": "channels",
+    "nf": "width",
+    "ch_mult": "multipliers",
+    "res_blocks": "blocks",
+    "codebook_size": "bits",
+    "emb_dim": "embed_dim",
+    "img_size": "image_size",
+    "attn_resolutions": "attention_resolutions",
+    "gen_mul": "decoder_multiplier",
+    "norm_first": "norm_first",
+    "deterministic": "deterministic",
+    "use_tanh": "signed",
+}
+_BLOCK = re.compile(r"(?P<prefix>.*?)(?P<side>encoder|generator)\.blocks\.(?P<index>\d+)\..+")
+
+
+def hparams_from_reference(reference: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns BinaryAutoencoder's settings from the original's hyper-parameters.
+
+    Raises UserError for a quantizer other than 'binary'.
+    """
+    quantizer = reference.get("quantizer", "binary")
+    if quantizer != "binary":
+        raise UserError(f"quantizer {quantizer!r} cannot be imported, only 'binary'")
+    # The original's default, where ours is that of the released files.
+    found: dict[str, Any] = {"norm_first": False}
+    for theirs, ours in _REFERENCE_NAMES.items():
+        if theirs in reference:
+            value = reference[theirs]
+            found[ours] = tuple(value) if isinstance(value, list | tuple) else value
+    return found
+
+
+def table(
+    hparams: Mapping[str, Any],
+    prefix: str = "ae.",
+    discriminator: Mapping[str, Any] | None = None,
+) -> list[Entry]:
+    """Returns the entries between a PyTorch file and the parameters of BinaryAutoencoder.
+
+    `hparams` are its settings. `prefix` stands before the autoencoder's names; `discriminator` has
+    the settings of the PatchDiscriminator in the file, if there is one, which is kept aside.
+    `wrapping` finds both.
+    """
+    config = BinaryAutoencoder(**hparams)
+    entries: list[Entry] = []
+    for theirs, ours, layout in (
+        ("encoder", "encoder", encoder_layout(config)),
+        ("generator", "decoder", decoder_layout(config)),
+    ):
+        for i, block in enumerate(layout):
+            entries += _block(*block, f"{prefix}{theirs}.blocks.{i}", f"{ours}/blocks_{i}")
+    entries += [
+        *_weights(f"{prefix}quantize.proj.0", "quantizer/proj", POINTWISE),
+        Rule(f"{prefix}quantize.embed.weight", "quantizer/embedding"),
+        *_log_sigma(f"{prefix}generator.logsigma", config),
+    ]
+    if prefix.endswith("ae."):
+        gan = prefix.removesuffix("ae.")
+        reason = "VGG16 of the perceptual loss, a fixed network with a file of its own"
+        entries.append(Ignore(f"{gan}perceptual.{{name*}}", reason))
+        if discriminator is not None:
+            entries += patchgan.carried(discriminator, f"{gan}disc.")
+    return entries
+
+
+def wrapping(shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """Returns what `table` needs to know of a file besides the settings: prefix and discriminator.
+
+    `shapes` has every tensor's name and shape.
+    """
+    blocks = (_BLOCK.fullmatch(name) for name in shapes)
+    prefix = next((block["prefix"] for block in blocks if block), "ae.")
+    gan = prefix.removesuffix("ae.")
+    return {"prefix": prefix, "discriminator": patchgan.recognise(shapes, f"{gan}disc.")}
+
+
+def recognise(shapes: Mapping[str, Shape]) -> dict[str, Any] | None:
+    """Returns BinaryAutoencoder's settings from a file's names and shapes, or None if it has none.
+
+    What no shape tells is assumed: attention is at 16x16, so that a file with attention inside a
+    level tells the image size; without, the smallest map is taken to be 32x32, as in BiGR's 512
+    pixel model. `deterministic` and `signed` are taken to be false, as in all released files.
+    """
+    prefix = wrapping(shapes)["prefix"]
+    shapes = {n.removeprefix(prefix): s for n, s in shapes.items() if n.startswith(prefix)}
+    encoder, decoder = _kinds(shapes, "encoder"), _kinds(shapes, "generator")
+    bits = shape_votes(shapes, r"quantize\.(embed\.weight|proj\.0\.(weight|bias))", 0)
+    width = shape_votes(shapes, r"encoder\.blocks\.0\.(weight|bias)", 0)
+    embed_dim = shape_votes(shapes, rf"encoder\.blocks\.{len(encoder) - 1}\.(weight|bias)", 0)
+    if not encoder or not decoder or not width or bits is None or embed_dim is None:
+        return None
+
+    levels = _levels(encoder)
+    multipliers = []
+    for level in levels:
+        res = next((i for i, kind in level if kind == "res"), -1)
+        channels = shape_votes(shapes, rf"encoder\.blocks\.{res}\.(conv2|norm2)\.bias", 0, 0)
+        multipliers.append((channels or 0) // width)
+    blocks = [kind for _, kind in levels[0]].count("res") - (2 if len(levels) == 1 else 0)
+    decoder_blocks = (decoder.count("res") - 2) // len(levels)
+    # The map is 16x16 in the first level with attention, if any.
+    inner = [[kind for _, kind in level] for level in levels]
+    inner[-1] = inner[-1][:-3] if inner[-1][-3:] == ["res", "attn", "res"] else inner[-1]
+    attended = [i for i, kinds in enumerate(inner) if "attn" in kinds]
+    image_size = 16 * 2 ** attended[-1] if attended else 32 * 2 ** (len(levels) - 1)
+    hparams = {
+        "channels": shape_votes(shapes, r"encoder\.blocks\.0\.weight", 1, 3),
+        "width": width,
+        "multipliers": tuple(multipliers),
+        "blocks": blocks,
+        "bits": bits,
+        "embed_dim": embed_dim,
+        "image_size": image_size,
+        "attention_resolutions": tuple(image_size // 2**i for i in attended) or (16,),
+        "decoder_multiplier": _multiplier(blocks, decoder_blocks),
+        "norm_first": decoder.index("res") == 2 if "res" in decoder else False,
+        "deterministic": False,
+        "signed": False,
+    }
+    config = BinaryAutoencoder(**hparams)
+    layouts = [_of_layout(encoder_layout(config)), _of_layout(decoder_layout(config))]
+    return hparams if layouts == [encoder, decoder] else None
+
+
+def _weights(torch: str, ours: str, transform: Transform = SAME, kernel: str = "kernel"):
+    return [
+        Rule(f"{torch}.weight", f"{ours}/{kernel}", transform),
+        Rule(f"{torch}.bias", f"{ours}/bias"),
+    ]
+
+
+def _block(kind: str, inputs: int, outputs: int, torch: str, ours: str) -> list[Entry]:
+    if kind == "norm":
+        return [*_weights(torch, ours, kernel="scale")]
+    if kind == "conv":
+        return [*_weights(torch, ours, CONV)]
+    if kind in ("down", "up"):
+        return [*_weights(f"{torch}.conv", f"{ours}/conv", CONV)]
+    if kind == "attn":
+        entries: list[Entry] = [*_weights(f"{torch}.norm", f"{ours}/norm", kernel="scale")]
+        for name in ("q", "k", "v", "proj_out"):
+            entries += _weights(f"{torch}.{name}", f"{ours}/{name}", POINTWISE)
+        return entries
+    entries = []
+    for i in (1, 2):
+        entries += _weights(f"{torch}.norm{i}", f"{ours}/norm{i}", kernel="scale")
+        entries += _weights(f"{torch}.conv{i}", f"{ours}/conv{i}", CONV)
+    if inputs != outputs:
+        return [*entries, *_weights(f"{torch}.conv_out", f"{ours}/conv_out", POINTWISE)]
+    reason = "projection of a skip whose width does not change, used by no computation"
+    entries.append(Carry(f"{torch}.conv_out.weight", reason, (outputs, inputs, 1, 1), zeros))
+    entries.append(Carry(f"{torch}.conv_out.bias", reason, (outputs,), zeros))
+    return entries
+
+
+def _log_sigma(torch: str, config: BinaryAutoencoder) -> list[Entry]:
+    reason = "noise level for a likelihood bound, used by no computation"
+    width, channels = config.width * config.multipliers[0], config.channels
+    shapes = {
+        "0.weight": (width, width, 3, 3),
+        "0.bias": (width,),
+        "2.weight": (channels, width, 1, 1),
+        "2.bias": (channels,),
+    }
+    return [Carry(f"{torch}.{name}", reason, shape, zeros) for name, shape in shapes.items()]
+
+
+def _kinds(shapes: Mapping[str, Shape], side: str) -> list[str]:
+    """Kind of every block: res, attn, conv ('down' and 'up') or plain (a norm or convolution)."""
+    tensors: dict[int, set[str]] = {}
+    for name in shapes:
+        if (found := _BLOCK.fullmatch(name)) and found["side"] == side and not found["prefix"]:
+            tensors.setdefault(int(found["index"]), set()).add(name.split(".")[3])
+    kinds = []
+    for i in range(max(tensors, default=-1) + 1):
+        parts = tensors.get(i, set())
+        if parts & {"conv1", "conv2", "norm1", "norm2", "conv_out"}:
+            kinds.append("res")
+        elif parts & {"q", "k", "v", "proj_out"}:
+            kinds.append("attn")
+        else:
+            kinds.append("conv" if "conv" in parts else "plain")
+    return kinds
+
+
+def _of_layout(layout: list[tuple[str, int, int]]) -> list[str]:
+    """The kinds of a layout, in the words of `_kinds`."""
+    words = {"res": "res", "attn": "attn", "down": "conv", "up": "conv"}
+    return [words.get(kind, "plain") for kind, _, _ in layout]
+
+
+def _levels(kinds: list[str]) -> list[list[tuple[int, str]]]:
+    """The encoder's residual and attention blocks with their positions, level by level."""
+    levels: list[list[tuple[int, str]]] = [[]]
+    for i, kind in enumerate(kinds):
+        if kind == "conv":
+            levels.append([])
+        elif kind != "plain":
+            levels[-1].append((i, kind))
+    return levels
+
+
+def _multiplier(blocks: int, decoder_blocks: int) -> float:
+    """The factor that the reference's int(blocks * factor) takes to the decoder's blocks."""
+    factor = decoder_blocks / max(blocks, 1)
+    return factor if int(blocks * factor) == decoder_blocks else math.nextafter(factor, math.inf)

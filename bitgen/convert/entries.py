@@ -1,0 +1,169 @@
+"""What a conversion table is made of: entries, layout transforms and name templates.
+
+Names and paths are templates: `{x}` stands for a run of characters without a separator (`.` in
+PyTorch's names, `/` in our paths), `{x*}` for any run, separators too.
+"""
+
+import functools
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A numpy function from PyTorch's layout to ours and its exact inverse, bit for bit.
+
+    Both raise ValueError for an array of the wrong rank or size.
+    """
+
+    forward: Callable[[np.ndarray], np.ndarray]
+    backward: Callable[[np.ndarray], np.ndarray]
+
+
+def permute(*axes: int) -> Transform:
+    """Returns the transform that reorders the axes as `np.transpose` does."""
+    inverse = tuple(int(i) for i in np.argsort(axes))
+    return Transform(lambda x: np.transpose(x, axes), lambda x: np.transpose(x, inverse))
+
+
+def squeeze(*axes: int) -> Transform:
+    """Returns the transform that drops axes of length one."""
+    return Transform(lambda x: np.squeeze(x, axes), lambda x: np.expand_dims(x, axes))
+
+
+SAME = Transform(lambda x: x, lambda x: x)
+LINEAR = permute(1, 0)  # [out, in] -> [in, out]
+CONV = permute(2, 3, 1, 0)  # OIHW -> HWIO
+POINTWISE = Transform(  # a 1x1 convolution [out, in, 1, 1] -> the kernel of a Dense [in, out]
+    lambda x: np.squeeze(x, (2, 3)).T, lambda x: np.expand_dims(x.T, (2, 3))
+)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One tensor is one of our leaves or, with `stack`, one slice of its leading axis.
+
+    `stack` is the placeholder in `torch` that counts the slices; every other one is in `ours` too.
+    """
+
+    torch: str
+    ours: str
+    transform: Transform = SAME
+    stack: str | None = None
+
+    def __post_init__(self):
+        """Raises ValueError if one side has a placeholder that the other cannot fill."""
+        stack = {self.stack} if self.stack else set()
+        names, ours = placeholders(self.torch), placeholders(self.ours)
+        if names - stack != ours or not stack <= names:
+            raise ValueError(f"placeholders of {self.torch!r} and {self.ours!r} do not agree")
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A second name of the tensor `of`: equal on import, written again on export."""
+
+    torch: str
+    of: str
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A tensor that `make(hparams)` computes: not read on import, made on export."""
+
+    torch: str
+    make: Callable[[Mapping[str, Any]], np.ndarray]
+    shape: Shape | None = None
+
+
+@dataclass(frozen=True)
+class Carry:
+    """A tensor that the original's loader demands and our model does not use: kept aside.
+
+    A name without placeholders must be in the file. `default` makes it, given `shape`, for the
+    export of a model that was not imported.
+    """
+
+    torch: str
+    reason: str
+    shape: Shape | None = None
+    default: Callable[[Shape], np.ndarray] | None = None
+
+
+def zeros(shape: Shape) -> np.ndarray:
+    """Returns float32 zeros: a default for `Carry`."""
+    return np.zeros(shape, np.float32)
+
+
+@dataclass(frozen=True)
+class Ignore:
+    """Tensors that are dropped, and not written on export."""
+
+    torch: str
+    reason: str
+
+
+Entry = Rule | Alias | Constant | Carry | Ignore
+Table = Sequence[Entry]
+
+
+_FIELD = re.compile(r"\{(\w+)(\*?)\}")
+
+
+def placeholders(template: str) -> set[str]:
+    """Returns the names of the placeholders."""
+    return {found[1] for found in _FIELD.finditer(template)}
+
+
+def render(template: str, values: Mapping[str, str]) -> str:
+    """Returns the template with each placeholder replaced by its value."""
+    return _FIELD.sub(lambda found: values[found[1]], template)
+
+
+@functools.cache
+def _pattern(template: str, separator: str) -> re.Pattern:
+    pattern, end = "", 0
+    for found in _FIELD.finditer(template):
+        run = ".+" if found[2] else f"[^{separator}]+"
+        pattern += re.escape(template[end : found.start()]) + f"(?P<{found[1]}>{run})"
+        end = found.end()
+    return re.compile(pattern + re.escape(template[end:]))
+
+
+class Matcher:
+    """Finds the entries whose template, the attribute `side`, matches a name."""
+
+    def __init__(self, entries: Iterable[Any], side: str, separator: str):
+        self.exact, self.patterns = defaultdict(list), []
+        for entry in entries:
+            template = getattr(entry, side)
+            if placeholders(template):
+                self.patterns.append((entry, _pattern(template, separator)))
+            else:  # looked up, because a table may name hundreds
+                self.exact[template].append(entry)
+
+    def __call__(self, name: str) -> list[tuple[Any, dict[str, str]]]:
+        """Returns (entry, placeholder values) of all entries that match; none is an empty list."""
+        found = [(entry, {}) for entry in self.exact.get(name, ())]
+        tried = ((entry, pattern.fullmatch(name)) for entry, pattern in self.patterns)
+        return found + [(entry, match.groupdict()) for entry, match in tried if match]
+
+
+def shape_votes(
+    shapes: Mapping[str, Shape], pattern: str, axis: int, default: int | None = None
+) -> int | None:
+    """Returns the most common size of an axis among the tensors whose names match, or `default`.
+
+    A size that several tensors share is found even where one of them is missing or misshaped, so
+    that the import can name the fault.
+    """
+    matched = (shape for name, shape in shapes.items() if re.fullmatch(pattern, name))
+    votes = Counter(int(shape[axis]) for shape in matched if axis < len(shape))
+    return votes.most_common(1)[0][0] if votes else default

@@ -1,0 +1,80 @@
+"""Conversion table of the PatchGAN discriminator in Binary Latent Diffusion's files (`disc.*`)."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from bitgen.convert.entries import CONV, Carry, Entry, Rule, Shape, shape_votes
+from bitgen.losses.adversarial import PatchDiscriminator, discriminator_layout
+
+# Our names under {params, batch_stats} of each tensor of a block, and the layout.
+_CONV_WEIGHT = ("weight", "params/{name}/kernel", CONV)
+_BIAS = ("bias", "params/{name}/bias")
+_TENSORS = {
+    "conv": [_CONV_WEIGHT, _BIAS],
+    "conv_no_bias": [_CONV_WEIGHT],
+    "batch_norm": [
+        ("weight", "params/{name}/scale"),
+        _BIAS,
+        ("running_mean", "batch_stats/{name}/mean"),
+        ("running_var", "batch_stats/{name}/var"),
+    ],
+}
+
+
+def table(hparams: Mapping[str, Any], prefix: str = "disc.") -> list[Entry]:
+    """Returns the entries between a PyTorch file and PatchDiscriminator's {params, batch_stats}.
+
+    `prefix` stands before the file's `main.N.*`; `hparams` has the `layers` and `width` of
+    PatchDiscriminator (3 and 64 by default).
+    """
+    entries: list[Entry] = []
+    for index, name, kind in discriminator_layout(PatchDiscriminator(**hparams).layers):
+        torch = f"{prefix}main.{index}"
+        for tensor, ours, *transform in _TENSORS[kind]:
+            entries.append(Rule(f"{torch}.{tensor}", ours.format(name=name), *transform))
+        if kind == "batch_norm":
+            entries.append(_counter(torch))
+    return entries
+
+
+def carried(hparams: Mapping[str, Any], prefix: str = "disc.") -> list[Entry]:
+    """Returns entries that keep the discriminator aside, for the table of a tokenizer alone.
+
+    What they set aside is what `table` imports.
+    """
+    config = PatchDiscriminator(**hparams)
+    reason, channels = "discriminator, used to train on", 3
+    entries: list[Entry] = []
+    for index, name, kind in discriminator_layout(config.layers):
+        torch, level = f"{prefix}main.{index}", int(name.split("_")[1])
+        features = 1 if level > config.layers else config.width * min(2**level, 8)
+        if kind.startswith("conv"):
+            weight = (features, channels, 4, 4)
+            entries.append(Carry(f"{torch}.weight", reason, weight))
+            channels = features
+        else:
+            for tensor in ("weight", "running_mean", "running_var"):
+                entries.append(Carry(f"{torch}.{tensor}", reason, (features,)))
+            entries.append(_counter(torch))
+        if kind != "conv_no_bias":
+            entries.append(Carry(f"{torch}.bias", reason, (features,)))
+    return entries
+
+
+def recognise(shapes: Mapping[str, Shape], prefix: str = "disc.") -> dict[str, Any] | None:
+    """Returns PatchDiscriminator's `layers` and `width` from a file's names and shapes, or None."""
+    shapes = {n.removeprefix(prefix): s for n, s in shapes.items() if n.startswith(prefix)}
+    width = shape_votes(shapes, r"main\.0\.(weight|bias)", 0)
+    indices = [int(found[1]) for n in shapes if (found := re.match(r"main\.(\d+)\.", n))]
+    if width is None or max(indices) < 5:
+        return None
+    return {"layers": -(-(max(indices) - 2) // 3), "width": width}  # the last index is 3 layers + 2
+
+
+def _counter(torch: str) -> Carry:
+    reason = "number of batches that batch normalisation has seen, used by no computation"
+    # PyTorch counts in int64.
+    return Carry(f"{torch}.num_batches_tracked", reason, (), lambda s: np.zeros(s, np.int64))

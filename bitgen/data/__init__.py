@@ -1,0 +1,60 @@
+"""Data: images or packed bits, in batches that are the same on any number of hosts.
+
+Configuration         default_config
+Batches               make_batches, Batches
+Sources               make_source, Source
+Packed bits           pack_bits, unpack_bits, PackedWriter, PackedSource
+Images                bitgen.data.images: decode, crops, grid, to_uint8, write_png
+"""
+
+from ml_collections import ConfigDict
+
+from bitgen.data.batches import Batches, make_batches
+from bitgen.data.packed import PackedSource, PackedWriter, pack_bits, unpack_bits
+from bitgen.data.sources import Source, make_source
+
+__all__ = [
+    "Batches",
+    "PackedSource",
+    "PackedWriter",
+    "Source",
+    "default_config",
+    "make_batches",
+    "make_source",
+    "pack_bits",
+    "unpack_bits",
+]
+
+
+def default_config() -> ConfigDict:
+    """`config.data` with every key; the comments say what each takes."""
+    config = ConfigDict()
+    # digits (scikit-learn's, no download) | folder | tar | tfds | bits
+    config.source = "digits"
+    # folder: of PATH/class/name.jpg; tar: ILSVRC2012_img_train.tar or one laid out like it;
+    # bits: what --mode=tokenize wrote; tfds: its data_dir, '' for the default
+    config.path = ""
+    # tfds: which builder, and which of its splits the data is
+    config.builder = ""
+    config.builder_split = "train"
+    # train | test | all: `test` is the share `holdout` of the data, the same whatever the seed
+    config.split = "train"
+    config.holdout = 0.1
+    # pixels a side of the square images
+    config.image_size = 32
+    # In training; evaluation takes the centre crop and flips nothing.
+    # center (ADM) | random (ADM: crop_scale_min to crop_scale_max of the shorter side) |
+    # resize (Binary Latent Diffusion: 1.05 x image_size, then a random square)
+    config.crop = "center"
+    config.crop_scale_min = 0.8
+    config.crop_scale_max = 1.0
+    # mirror half of the images; from a bits folder: choose either view
+    config.flip = True
+    # decoding threads; workers > 0 are processes that decode instead, a batch each
+    config.threads = 16
+    config.workers = 0
+    # batches prepared ahead (by each worker process, if there are any)
+    config.prefetch = 2
+    # training stops if a larger share of the images cannot be read
+    config.max_broken_share = 0.01
+    return config

@@ -1,0 +1,277 @@
+"""From a source to batches: split, order, augmentation, and the place to resume from.
+
+Every random choice depends on the seed and on the example's place in the global order of
+training, and on nothing else: not on threads, worker processes or the number of hosts. The
+state of the iterator is that place, one number.
+"""
+
+import atexit
+import functools
+import gc
+import logging
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+
+from bitgen.data.examples import LoadExample, collate, split_indices
+from bitgen.data.images import CROPS
+from bitgen.data.sources import make_source
+from bitgen.errors import UserError, choose
+
+# Examples seen before the share of broken ones counts.
+_ENOUGH = 100
+
+
+class _Rows(grain.MapDataset):
+    """The rows of one process: the global order from `start` on, cut into batches."""
+
+    def __init__(self, parent: grain.MapDataset, start: int, batch: int, first: int, rows: int):
+        super().__init__(parent)
+        self._start, self._batch, self._first, self._rows = start, batch, first, rows
+        full, rest = divmod(len(parent) - start, batch)
+        # "Without end" is sys.maxsize, which grain's own arithmetic overflows.
+        self._length = min(full * rows + min(max(rest - first, 0), rows), 2**48)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        batch, row = divmod(index, self._rows)
+        return self._parent[self._start + batch * self._batch + self._first + row]
+
+
+def _join(parts: Sequence[list], stack: Callable[[list], dict[str, Any]]) -> dict[str, Any]:
+    return stack([example for part in parts for example in part])
+
+
+def _own(batch: dict[str, Any]) -> dict[str, Any]:
+    """Copies arrays out of the memory shared with a worker process, which may end first."""
+    return {
+        key: np.array(value) if isinstance(value, np.ndarray) else value
+        for key, value in batch.items()
+    }
+
+
+def _close(batches: "weakref.ref[Batches]") -> None:
+    alive = batches()
+    if alive is not None:
+        alive.close()
+
+
+class Batches(grain.DatasetIterator):
+    """Batches as dicts of numpy arrays, made by `make_batches`; saves and resumes exactly.
+
+    It is a grain iterator, so grain's Orbax checkpoint handlers take it. Its state is the
+    place of the first example that was not yet returned, the same on every process, and can
+    be resumed with other threads, workers, processes or batch size.
+    """
+
+    def __init__(
+        self,
+        load: LoadExample,
+        config_data: Any,
+        *,
+        batch_size: int,
+        seed: int,
+        process_index: int,
+        process_count: int,
+        start: int,
+    ):
+        super().__init__()
+        self.source = load.source
+        self.num_examples = len(load.indices)
+        self.num_classes = load.source.num_classes
+        self.class_names = list(load.source.class_names)
+        self._load, self._batch_size, self._seed = load, batch_size, seed
+        self._process_index, self._rows = process_index, batch_size // process_count
+        self._threads, self._workers = int(config_data.threads), int(config_data.workers)
+        self._prefetch = int(config_data.prefetch)
+        self._max_broken_share = float(config_data.max_broken_share)
+        # A process of many sees only its part of a small data set.
+        self._enough = min(_ENOUGH, max(1, self.num_examples // process_count))
+        self._start = self._next = start
+        self._iterator: grain.DatasetIterator | None = None
+        self._seen, self._broken = 0, 0
+        self._named: dict[str, str] = {}
+        # Worker processes are ended before the interpreter takes their queues apart.
+        self._at_exit = functools.partial(_close, weakref.ref(self))
+        atexit.register(self._at_exit)
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        if not self._load.training and self._next >= self.num_examples:
+            self._seek(self._next)
+            raise StopIteration
+        batch = next(self._pipeline(), None)
+        if batch is None:  # the last batch ended before the rows of this process
+            batch = collate([], self._load.empty())
+        self._next += self._batch_size
+        self._count(batch.pop("rows"), batch.pop("broken"))
+        return batch
+
+    def _pipeline(self) -> grain.DatasetIterator:
+        """The running grain pipeline, begun at the next example if there is none."""
+        if self._closed:
+            raise ValueError("these batches are closed")
+        if self._iterator is not None:
+            return self._iterator
+        order = grain.MapDataset.range(self.num_examples).seed(self._seed)
+        if self._load.training:
+            order = order.shuffle().repeat()
+        examples = order.random_map(self._load)
+        first = self._process_index * self._rows
+        rows = _Rows(examples, self._next, self._batch_size, first, self._rows)
+        stack = functools.partial(collate, empty=self._load.empty())
+        if self._workers:
+            # Whole batches are dealt to the workers, so that their number changes nothing.
+            batches = rows.batch(self._rows, batch_fn=stack).to_iter_dataset(
+                grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+            )
+            options = grain.MultiprocessingOptions(self._workers, self._prefetch)
+            if not flags.FLAGS.is_parsed():  # a notebook or a test; grain reads its own flags
+                flags.FLAGS.mark_as_parsed()
+            batches = batches.mp_prefetch(options).map(_own)
+        else:
+            # A thread takes a few examples at a time: with one, small images and bits are
+            # ten times slower, as the threads wait for each other between examples.
+            few = max(size for size in range(1, 9) if self._rows % size == 0)
+            ahead = max(self._threads, self._prefetch * self._rows // few)
+            options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=ahead)
+            parts = rows.batch(few, batch_fn=list).to_iter_dataset(options)
+            batches = parts.batch(self._rows // few, batch_fn=functools.partial(_join, stack=stack))
+        # Stacking or copying a large batch takes long enough to be done beside the step.
+        self._iterator = iter(
+            grain.experimental.ThreadPrefetchIterDataset(
+                batches, prefetch_buffer_size=self._prefetch
+            )
+        )
+        return self._iterator
+
+    def _count(self, rows: int, broken: Sequence[tuple[str, str]]) -> None:
+        """Counts and names what cannot be read; raises UserError if it is too much."""
+        self._seen += rows
+        self._broken += len(broken)
+        for name, reason in broken:
+            if name not in self._named:
+                logging.warning("cannot read %s (%s), it is left out", name, reason)
+                self._named[name] = reason
+        share = self._broken / max(1, self._seen)
+        if self._seen >= self._enough and share > self._max_broken_share:
+            name, reason = next(iter(self._named.items()))
+            raise UserError(
+                f"{self._broken} of {self._seen} images in {self.source.where} cannot be read "
+                f"({100 * share:.3g}% > {100 * self._max_broken_share:.3g}%), first: {name} "
+                f"({reason}); fix them or raise config.data.max_broken_share"
+            )
+
+    def counts(self) -> dict[str, int]:
+        """Examples that this process has seen since it began, and how many were broken."""
+        return {"seen": self._seen, "broken": self._broken}
+
+    def get_state(self) -> dict[str, int]:
+        """The place after the last batch returned; plain JSON."""
+        return {
+            "next_example": self._next,
+            "seed": self._seed,
+            "num_examples": self.num_examples,
+        }
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Goes to the place that `get_state` gave; raises UserError for other data or seed."""
+        for key, value in self.get_state().items():
+            if key != "next_example" and state.get(key) != value:
+                raise UserError(
+                    f"the data iterator was saved with {key}={state.get(key)}, now {value}; "
+                    "resume with the same data and seed, or in a new folder"
+                )
+        self._seek(int(state["next_example"]))
+
+    def reset(self) -> None:
+        """Goes back to the first example, for another pass."""
+        self._seek(self._start)
+
+    def _seek(self, place: int) -> None:
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+            if self._workers:
+                gc.collect()  # the pipeline's cycles hold memory shared with its workers
+        self._next = place
+
+    def start_prefetch(self) -> None:
+        """Begins to prepare batches before the first is asked for."""
+        self._pipeline().start_prefetch()
+
+    def close(self) -> None:
+        """Ends threads and worker processes; there are no batches after it."""
+        if self._closed:
+            return
+        atexit.unregister(self._at_exit)
+        self._seek(self._next)
+        super().close()
+
+
+def make_batches(
+    config_data: ConfigDict,
+    *,
+    batch_size: int,
+    seed: int,
+    training: bool,
+    process_index: int = 0,
+    process_count: int = 1,
+    start: int = 0,
+) -> Batches:
+    """Batches of the split of `config_data` (`bitgen.data.default_config` lists its keys).
+
+    Gives dicts of `image` uint8 [b, H, W, 3], or from a bits folder `bits` uint8
+    [b, h, w, ceil(k/8)], and `label` int32 [b]. `batch_size` is of all processes together,
+    and process p gets rows p*b to (p+1)*b of it.
+
+    training: without end, each epoch in another order, augmented; batches are always full.
+    Otherwise: one pass in order from example `start` on, centre crop, no flip, with `index`
+    int32 [b], the place in the split. The last batch may be smaller, on a later process
+    even empty, and any batch is smaller by the images in it that cannot be read.
+
+    Images that cannot be read are counted and named in warnings; beyond the share
+    `max_broken_share`, the next batch raises UserError. So do wrong settings, here.
+    """
+    c: Any = config_data
+    if batch_size < 1 or batch_size % process_count:
+        raise UserError(
+            f"batch size {batch_size} cannot be divided among {process_count} processes; "
+            "take a multiple"
+        )
+    if not 0 <= process_index < process_count:
+        raise UserError(f"there is no process {process_index} of {process_count}")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"the data seed is a number in [0, 2**32), got {seed}")
+    choose("crop", c.crop, CROPS)
+    if not 0 < c.crop_scale_min <= c.crop_scale_max <= 1:
+        raise UserError(
+            "config.data needs 0 < crop_scale_min <= crop_scale_max <= 1, got "
+            f"{c.crop_scale_min} and {c.crop_scale_max}"
+        )
+    for key, least in {"image_size": 1, "threads": 1, "workers": 0, "prefetch": 1}.items():
+        if c[key] < least:
+            raise UserError(f"config.data.{key} is at least {least}, got {c[key]}")
+    source = make_source(c)
+    indices = split_indices(len(source), c.split, c.holdout)
+    if not 0 <= start <= len(indices):
+        raise UserError(f"start={start} is outside of the {len(indices)} examples")
+    scale = (float(c.crop_scale_min), float(c.crop_scale_max))
+    load = LoadExample(source, indices, training, int(c.image_size), c.crop, scale, bool(c.flip))
+    return Batches(
+        load,
+        c,
+        batch_size=batch_size,
+        seed=int(seed),
+        process_index=process_index,
+        process_count=process_count,
+        start=start,
+    )

@@ -1,0 +1,188 @@
+"""Where examples come from: random access to encoded images (or packed bits) and labels.
+
+A source has `len(source)`, `source[i]` -> {"image": encoded bytes or uint8 [H, W, 3],
+"label": int, "name": str} (a bits source has "bits" in place of "image"), `num_classes`,
+`class_names` and `where`, the words an error message uses for it. Sources are safe to read
+from several threads, and can be pickled, which reopens their files on the other side.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from bitgen.data.packed import PackedSource
+from bitgen.data.tar import TarSource
+from bitgen.errors import UserError, choose
+
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+class Source(Protocol):
+    """Random access to examples; see the module's docstring."""
+
+    class_names: Sequence[str]
+    where: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    @property
+    def num_classes(self) -> int: ...
+
+
+class DigitsSource:
+    """scikit-learn's 1,797 handwritten digits (8x8, no download), white on black.
+
+    Enlarged with Lanczos to uint8 `[image_size, image_size, 3]`.
+    """
+
+    def __init__(self, image_size: int):
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        # 0..16 -> 0..255
+        self._images = np.round(np.asarray(digits.images) * (255 / 16)).astype(np.uint8)
+        self._labels = np.asarray(digits.target).astype(np.int32)
+        self._size = (image_size, image_size)
+        self.class_names = [str(digit) for digit in range(10)]
+        self.num_classes = 10
+        self.where = "the digits"
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        small = Image.fromarray(self._images[index])
+        image = np.asarray(small.resize(self._size, Image.Resampling.LANCZOS).convert("RGB"))
+        return {"image": image, "label": int(self._labels[index]), "name": f"digit {index}"}
+
+
+class FolderSource:
+    """A folder with one sub-folder of images per class; classes are in order of their names.
+
+    Images are found by their suffix (in either case), at any depth below their class;
+    hidden files and folders are ignored. Raises UserError if the folder is missing or
+    empty, has no sub-folders, or a class has no image.
+    """
+
+    def __init__(self, path: str):
+        root = Path(path)
+        layout = "wanted one sub-folder per class (PATH/cat/1.jpg); set config.data.path"
+        if not path or not root.is_dir():
+            raise UserError(f"image folder {path!r} does not exist; {layout}")
+        classes = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name[0] != ".")
+        if not classes:
+            what = "has no class sub-folders" if any(root.iterdir()) else "is empty"
+            raise UserError(f"image folder {path!r} {what}; {layout}")
+        self._root = str(root)
+        self._files: list[str] = []
+        labels: list[int] = []
+        for label, name in enumerate(classes):
+            files = _image_files(root, name)
+            if not files:
+                raise UserError(
+                    f"class folder {str(root / name)!r} has no images "
+                    f"({' '.join(IMAGE_SUFFIXES)}); add some or remove the folder"
+                )
+            self._files += files
+            labels += [label] * len(files)
+        self._labels = np.asarray(labels, np.int32)
+        self.class_names = classes
+        self.num_classes = len(classes)
+        self.where = path
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        name = os.path.join(self._root, self._files[index])
+        with open(name, "rb") as file:
+            data = file.read()
+        return {"image": data, "label": int(self._labels[index]), "name": name}
+
+
+def _image_files(root: Path, class_name: str) -> list[str]:
+    """Sorted paths, relative to `root`, of the images of a class."""
+    found = []
+    for folder, folders, files in os.walk(root / class_name, followlinks=True):
+        folders[:] = [name for name in folders if name[0] != "."]
+        inside = os.path.relpath(folder, root)
+        found += [
+            os.path.join(inside, name)
+            for name in files
+            if name[0] != "." and name.lower().endswith(IMAGE_SUFFIXES)
+        ]
+    return sorted(found)
+
+
+class TfdsSource:
+    """A TensorFlow Datasets builder, read through its random-access (array_record) files.
+
+    The builder needs an `image` feature; without a `label` feature all images are one
+    class. Prepares the data on first use, as TFDS does; `data_dir` '' is TFDS's default.
+    Raises UserError for an unknown builder or split, or one without images.
+    """
+
+    def __init__(self, builder: str, split: str, data_dir: str):
+        import tensorflow_datasets as tfds
+
+        self._arguments = (builder, split, data_dir)
+        self.where = f"tfds {builder}[{split}]"
+        if not builder:
+            raise UserError("source 'tfds' needs config.data.builder, such as 'mnist'")
+        try:
+            records: Any = tfds.data_source(
+                builder,
+                split=split,
+                data_dir=data_dir or None,
+                decoders={"image": tfds.decode.SkipDecoding()},
+            )
+        # TFDS raises ValueErrors of many lines, download errors, and assertion errors.
+        except Exception as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            folder = data_dir or "its default data_dir"
+            raise UserError(f"cannot open {self.where} in {folder}: {reason}") from error
+        features = records.dataset_info.features
+        if "image" not in features:
+            raise UserError(f"{self.where} has no 'image' feature, it has {sorted(features)}")
+        self._records = records
+        if "label" not in features:
+            self.class_names = ["all"]
+        elif isinstance(features["label"], tfds.features.ClassLabel):
+            self.class_names = list(features["label"].names)
+        else:
+            raise UserError(f"the labels of {self.where} are no classes: {features['label']}")
+        self.num_classes = len(self.class_names)
+
+    def __reduce__(self):
+        return TfdsSource, self._arguments
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record: Any = self._records[index]
+        label = int(record.get("label", 0))
+        return {"image": record["image"], "label": label, "name": f"{self.where} {index}"}
+
+
+SOURCES = {
+    "digits": lambda c: DigitsSource(c.image_size),
+    "folder": lambda c: FolderSource(c.path),
+    "tar": lambda c: TarSource(c.path),
+    "tfds": lambda c: TfdsSource(c.builder, c.builder_split, c.path),
+    "bits": lambda c: PackedSource(c.path),
+}
+
+
+def make_source(config_data: ConfigDict) -> Source:
+    """Opens the source that `config_data` names; raises UserError if it cannot."""
+    c: Any = config_data
+    choose("data source", c.source, SOURCES)
+    return SOURCES[c.source](c)

@@ -1,0 +1,260 @@
+"""LPIPS: the perceptual distance of VGG16 features (Zhang et al., arXiv 1801.03924), version 0.1.
+
+Parameters are an argument, a tree that `load_lpips` reads from the published PyTorch files:
+
+    {"features_0": {"kernel" [3, 3, 3, 64], "bias" [64]}, ...  # 13 layers, torchvision's index
+     "lin_0": {"kernel" [64]}, ...}                            # 5 channel weights, one a block
+"""
+
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from bitgen.errors import UserError
+
+# Each block: channels, and the index of its convolutions in torchvision's `vgg16().features`.
+BLOCKS = (
+    (64, (0, 2)),
+    (128, (5, 7)),
+    (256, (10, 12, 14)),
+    (512, (17, 19, 21)),
+    (512, (24, 26, 28)),
+)
+# The ImageNet mean and deviation, for images in [-1, 1], to the digits of the published weights.
+SHIFT = (-0.030, -0.088, -0.188)
+SCALE = (0.458, 0.448, 0.450)
+
+VGG_FILE = "vgg16-397923af.pth"
+LIN_FILE = "vgg.pth"
+# A released B-AE carries the whole network as `perceptual.*`.
+HUB_REPOSITORY = "haoosz/BiGR"
+HUB_FILE = "bae/bae_d24/binaryae_ema_1000000.th"
+HELP = (
+    f"put torchvision's {VGG_FILE} and the lpips package's {LIN_FILE} (its folder weights/v0.1) in "
+    "one directory and give that, or give a released B-AE checkpoint (binaryae_ema_*.th), or set "
+    "config.loss.perceptual_weight=0"
+)
+
+# LPIPS in a training checkpoint: B-AE has `perceptual.`, a VQGAN `loss.perceptual_loss.`.
+_PREFIX = re.compile(r"(?:.*\.)?perceptual(?:_loss)?\.")
+_CONV = re.compile(r"(?:features|net\.slice[1-5])\.(\d+)\.(weight|bias)")
+_LIN = re.compile(r"lins?\.?([0-4])\.model\.[01]\.weight")  # the lpips package lists each one twice
+_SCALING = re.compile(r"scaling_layer\.(shift|scale)")
+_CLASSIFIER = re.compile(r"(classifier|pre_logits|head)\..*")  # VGG16's last layers: not used
+
+
+def lpips_distance(
+    params: PyTree,
+    images0: Float[Array, "b H W 3"],
+    images1: Float[Array, "b H W 3"],
+    *,
+    dtype: Any = jnp.float32,
+) -> Float[Array, " b"]:
+    """LPIPS distance of each pair of images in [-1, 1]; 0 for equal ones.
+
+    `dtype` is that of the convolutions; normalisation, differences and means are float32. The
+    gradient is finite also where the features of a pixel have no length. UserError if the shapes
+    differ or a side is below 16 pixels.
+    """
+    if images0.shape != images1.shape or images0.ndim != 4 or images0.shape[-1] != 3:
+        raise UserError(
+            f"LPIPS needs two equal shapes [b, H, W, 3], got {images0.shape} and {images1.shape}"
+        )
+    if min(images0.shape[1:3]) < 16:
+        raise UserError(
+            f"LPIPS needs images of at least 16 pixels a side, got {images0.shape}: "
+            "set config.loss.perceptual_weight=0 for smaller ones"
+        )
+    # Two passes, not one of 2b images: joining them would move a sharded batch between devices.
+    x, y = _standardise(images0, dtype), _standardise(images1, dtype)
+    distance = jnp.zeros(images0.shape[0], jnp.float32)
+    for block, (_, layers) in enumerate(BLOCKS):
+        if block > 0:
+            x, y = (nn.max_pool(z, (2, 2), strides=(2, 2)) for z in (x, y))
+        for layer in layers:
+            x, y = (_conv_relu(params[f"features_{layer}"], z) for z in (x, y))
+        difference = jnp.square(_unit_length(x) - _unit_length(y))
+        weight = params[f"lin_{block}"]["kernel"].astype(jnp.float32).reshape(1, 1, 1, -1)
+        distance += jnp.mean(jnp.sum(difference * weight, axis=-1), axis=(1, 2))
+    return distance
+
+
+def _standardise(images: Array, dtype: Any) -> Array:
+    shift = jnp.array(SHIFT, jnp.float32).reshape(1, 1, 1, 3)
+    scale = jnp.array(SCALE, jnp.float32).reshape(1, 1, 1, 3)
+    return ((images.astype(jnp.float32) - shift) / scale).astype(dtype)
+
+
+def _conv_relu(layer: PyTree, x: Array) -> Array:
+    kernel, bias = layer["kernel"].astype(x.dtype), layer["bias"].astype(x.dtype)
+    layout = ("NHWC", "HWIO", "NHWC")
+    y = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=layout)
+    return nn.relu(y + bias.reshape(1, 1, 1, -1))
+
+
+def _unit_length(features: Array) -> Array:
+    x = features.astype(jnp.float32)
+    square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    # The derivative of sqrt at zero is infinite: keep it out of both branches.
+    positive = square > 0
+    length = jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1.0)), 0.0)
+    return x / (length + 1e-10)
+
+
+def lpips_shapes() -> dict[str, dict[str, tuple[int, ...]]]:
+    """The parameter tree of `lpips_distance` with a shape for each leaf."""
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    inputs = 3
+    for block, (channels, layers) in enumerate(BLOCKS):
+        for layer in layers:
+            shapes[f"features_{layer}"] = {"kernel": (3, 3, inputs, channels), "bias": (channels,)}
+            inputs = channels
+        shapes[f"lin_{block}"] = {"kernel": (channels,)}
+    return shapes
+
+
+def load_lpips(source: str | Path) -> dict[str, dict[str, np.ndarray]]:
+    """Reads the weights of `lpips_distance`: float32 numpy arrays in the tree of `lpips_shapes`.
+
+    `source` is one of
+    - a .pth, .pt, .th, .bin or .safetensors file with VGG16 and the channel weights, under the
+      names of taming-transformers, of the lpips package, or of torchvision (`features.N`) plus
+      `linN.model.1`, alone or inside a training checkpoint as `perceptual.*` or
+      `*.perceptual_loss.*`;
+    - a directory with torchvision's vgg16-397923af.pth and vgg.pth of the lpips package or taming;
+    - "hub": the released B-AE of haoosz/BiGR, 332 MB, from the Hugging Face hub.
+
+    UserError if a file is absent or unreadable, and one that lists every tensor that is missing,
+    unknown, of a wrong shape, or given twice with different values.
+    """
+    if str(source) == "hub":
+        paths = [_download()]
+    elif Path(source).is_dir():
+        paths = [Path(source) / VGG_FILE, Path(source) / LIN_FILE]
+    else:
+        paths = [Path(source)]
+    absent = [str(path) for path in paths if not path.is_file()]
+    if absent:
+        raise UserError(f"LPIPS weights: no file {', '.join(absent)}: {HELP}")
+    tensors = [item for path in paths for item in _lpips_tensors(_read(path)).items()]
+    return params_from_tensors(tensors, " and ".join(str(path) for path in paths))
+
+
+def _download() -> Path:
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError as error:
+        raise UserError("LPIPS from the hub: run pip install 'bitgen[convert]' first") from error
+    try:
+        return Path(hf_hub_download(HUB_REPOSITORY, HUB_FILE))
+    except Exception as error:  # the client raises its own, the network's and the system's errors
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"LPIPS weights: cannot get {HUB_FILE} of {HUB_REPOSITORY} ({reason}): {HELP}"
+        ) from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """All tensors of a file by name, as torch tensors or numpy arrays."""
+    if path.suffix not in (".pth", ".pt", ".th", ".bin", ".safetensors"):
+        raise UserError(
+            f"LPIPS weights: {path} is not a .pth, .pt, .th, .bin or .safetensors file: {HELP}"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.numpy import load_file
+
+            return load_file(path)
+        import torch
+
+        # Only zip files can be mapped; the published vgg.pth is older than that format.
+        mapped = zipfile.is_zipfile(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except ImportError as error:
+        raise UserError(f"to read {path} run pip install 'bitgen[convert]' first") from error
+    except Exception as error:  # pickle, zip, safetensors and torch raise a type each
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"LPIPS weights: cannot read {path} ({reason}): {HELP}") from error
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not all(hasattr(x, "shape") for x in content.values()):
+        raise UserError(f"LPIPS weights: {path} is not a state dict of tensors: {HELP}")
+    return content
+
+
+def _lpips_tensors(tensors: dict[str, Any]) -> dict[str, Any]:
+    """Those of the LPIPS inside a training checkpoint, else all."""
+    inside = {name: value for name, value in tensors.items() if _PREFIX.match(name)}
+    return {_PREFIX.sub("", name, count=1): value for name, value in (inside or tensors).items()}
+
+
+def params_from_tensors(tensors: list[tuple[str, Any]], origin: str) -> dict[str, dict[str, np.ndarray]]:
+    """Renames and transposes the tensors; raises one UserError with all that is wrong with them."""
+    shapes = lpips_shapes()
+    tree: dict[str, dict[str, np.ndarray]] = {}
+    filled_by: dict[tuple[str, str], str] = {}
+    faults = []
+    for name, value in tensors:
+        if _CLASSIFIER.fullmatch(name):
+            continue
+        if scaling := _SCALING.fullmatch(name):
+            constants = SHIFT if scaling[1] == "shift" else SCALE
+            if not np.allclose(np.ravel(_to_numpy(value)), constants, atol=1e-6):
+                faults.append(f"{name}: not the constants {constants}")
+            continue
+        leaf = _leaf(name)
+        if leaf is None or leaf[0] not in shapes:
+            faults.append(f"{name}: unknown")
+            continue
+        array = _to_numpy(value)
+        if leaf[0].startswith("lin_"):
+            array = array.reshape(-1) if array.shape == (1, array.size, 1, 1) else array
+        elif array.ndim == 4:
+            array = np.ascontiguousarray(array.transpose(2, 3, 1, 0))
+        expected = shapes[leaf[0]][leaf[1]]
+        if array.shape != expected:
+            faults.append(f"{name}: shape {tuple(value.shape)} does not give {expected}")
+        elif leaf in filled_by and not np.array_equal(tree[leaf[0]][leaf[1]], array):
+            faults.append(f"{name}: differs from {filled_by[leaf]}")
+        tree.setdefault(leaf[0], {})[leaf[1]] = array
+        filled_by[leaf] = name
+    faults += [
+        f"{_torch_name(module, leaf)}: missing"
+        for module, leaves in shapes.items()
+        for leaf in leaves
+        if (module, leaf) not in filled_by
+    ]
+    if not filled_by:
+        raise UserError(f"LPIPS weights: {origin} holds no VGG16 or LPIPS tensor: {HELP}")
+    if faults:
+        raise UserError(f"LPIPS weights in {origin}: {'; '.join(faults)}. {HELP}")
+    return tree
+
+
+def _leaf(name: str) -> tuple[str, str] | None:
+    if conv := _CONV.fullmatch(name):
+        return f"features_{conv[1]}", "kernel" if conv[2] == "weight" else "bias"
+    if lin := _LIN.fullmatch(name):
+        return f"lin_{lin[1]}", "kernel"
+    return None
+
+
+def _torch_name(module: str, leaf: str) -> str:
+    kind, number = module.split("_")
+    if kind == "lin":
+        return f"lin{number}.model.1.weight"
+    return f"features.{number}.{'weight' if leaf == 'kernel' else 'bias'}"
+
+
+def _to_numpy(value: Any) -> np.ndarray:
+    """A float32 copy that holds on to no mapped file."""
+    if not isinstance(value, np.ndarray):
+        value = value.detach().float().numpy()
+    return np.array(value, dtype=np.float32)

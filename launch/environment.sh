@@ -1,0 +1,10 @@
+# Sourced by the scripts here: makes the virtual environment $VENV (default .venv) with the extras
+# named as arguments, and installs bitgen into it in place.
+VENV="${VENV:-.venv}"
+PYTHON="${PYTHON:-python3}"
+"$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+  echo "error: bitgen needs Python 3.11 or newer, $PYTHON is $("$PYTHON" --version 2>&1); set PYTHON" >&2
+  exit 2
+}
+[ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
+"$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -e ".[$1]"
