@@ -81,9 +81,12 @@ class Checkpoints:
         )
         return restored["state"], position.state
 
-    def close(self) -> None:
-        """Waits for the save under way."""
+    def wait(self) -> None:
+        """Returns when the save under way is on disk."""
         self.manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and lets go of the directory."""
         self.manager.close()
 
 

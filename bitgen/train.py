@@ -1,6 +1,7 @@
 """The training loop, for every task."""
 
 import collections
+import contextlib
 import dataclasses
 import signal
 import time
@@ -27,12 +28,18 @@ def run(config: Any, workdir: Path) -> None:
 
     Raises UserError for bad input, and when the loss is no longer finite.
     """
+    with contextlib.ExitStack() as stack:
+        _run(config, workdir, stack)
+
+
+def _run(config: Any, workdir: Path, stack: contextlib.ExitStack) -> None:
     # ---------------------------------------------------------------- settings
     settings, batch_size, last = config.train, config.train.batch_size, config.train.steps
     task = choose("task", settings.task, TASKS)(config)
     mesh = make_mesh(**config.mesh)
     _check(config, mesh)
     checkpoints = Checkpoints(workdir, config.to_dict(), settings.keep)
+    stack.callback(checkpoints.close)
 
     # -------------------------------------------------------------------- data
     batches = data.make_batches(
@@ -43,6 +50,7 @@ def run(config: Any, workdir: Path) -> None:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+    stack.callback(batches.close)
     _check_classes(config, batches)
 
     # ------------------------------------------------------------------- state
@@ -72,9 +80,11 @@ def run(config: Any, workdir: Path) -> None:
     compiled: dict[bool, Any] = {}
 
     log = RunLog(workdir)
+    stack.callback(log.close)
     stop = _StopSignal()
     progress, pending, saved = None, [], step
-    while step < last and not stop.received:
+    leaving = step >= last
+    while not leaving:
         waiting = time.monotonic()
         batch = feed.next()
         waited = time.monotonic() - waiting
@@ -108,8 +118,7 @@ def run(config: Any, workdir: Path) -> None:
             model_directory.write(workdir / "model", {**task.info, "steps": step}, state.ema)
 
     # ------------------------------------------------------------------ the end
-    checkpoints.close()
-    log.close()
+    checkpoints.wait()
     if stop.received:
         say(f"stopped by a signal: saved step {step}, the same command goes on from there")
     elif not compiled:

@@ -11,7 +11,7 @@ def get_config():
     c = config.tokenizer(
         "binary_ae",
         width=32,
-        multipliers=(1, 2, 2),
+        multipliers=(1, 1, 1),
         blocks=1,
         bits=8,
         embed_dim=32,

@@ -389,6 +389,32 @@ def test_a_file_that_disappears_is_broken_too(broken, caplog):
     assert "No such file" in caplog.text
 
 
+def test_a_bits_folder_is_written_around_broken_files_and_resumed(broken, tmp_path_factory):
+    """The loop of --mode=tokenize, stopped after two batches and run again."""
+    c = config(broken, split="all", max_broken_share=0.2)
+    folder = tmp_path_factory.mktemp("bits")
+    meta = {
+        **{"grid": [1, 1], "bits": 8, "views": 1, "num_classes": 1, "class_names": ["cat"]},
+        **{"count": 20, "examples_per_shard": 6, "tokenizer": {}, "source": {}},
+    }
+
+    def run(steps: int) -> data.PackedWriter:
+        writer = data.PackedWriter(folder, meta)
+        batches = make(c, False, start=writer.next_index)
+        for batch in itertools.islice(batches, steps):
+            packed = batch["image"][:, :1, None, :1, :1]  # the colour as the bits
+            writer.add(packed, batch["label"], batch["index"])
+        if steps > 5:
+            writer.finish(broken=batches.counts()["broken"])
+        return writer
+
+    assert run(2).next_index == 6
+    assert run(9).complete
+    source = data.PackedSource(folder)
+    colours = [int(source[i]["bits"].item()) for i in range(len(source))]
+    assert colours == [10 * i for i in range(20) if i not in (3, 8, 15)]
+
+
 # wrong settings
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Int
 
 from bitgen.data.images import CROPS, BrokenImage, center_crop, decode, flip
+from bitgen.data.packed import PackedSource
 from bitgen.data.sources import Source
 from bitgen.errors import UserError, choose
 
@@ -91,7 +92,7 @@ class LoadExample(grain.transforms.RandomMap):
     def empty(self) -> dict[str, np.ndarray]:
         """A batch of no examples."""
         size = self.image_size
-        if hasattr(self.source, "meta"):
+        if isinstance(self.source, PackedSource):
             arrays = {"bits": np.zeros((0, *self.source[0]["bits"].shape[1:]), np.uint8)}
         else:
             arrays = {"image": np.zeros((0, size, size, 3), np.uint8)}

@@ -92,7 +92,7 @@ class GeneratorTask:
         params = optax.apply_updates(state.params["model"], updates)
         o = self.config.optim
         ema = ema_update(state.ema, params, state.step, o.ema, o.ema_every)
-        metrics = {**metrics, "loss": value, "gradient_norm": optax.global_norm(gradient)}
+        metrics = {**metrics, "loss": value, "gradient_norm": optax.tree.norm(gradient)}
         return TrainState(state.step + 1, {"model": params}, {"model": opt}, ema, {}), metrics
 
     def summarise(self, metrics: dict[str, np.ndarray]) -> dict[str, float]:

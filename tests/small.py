@@ -1,0 +1,57 @@
+"""Settings small enough to train in seconds, for tests of everything around the models."""
+
+from ml_collections import ConfigDict
+
+from bitgen import config
+
+TOKENIZER = {
+    "width": 32,
+    "multipliers": (1, 1),
+    "blocks": 1,
+    "bits": 4,
+    "embed_dim": 32,
+    "image_size": 8,
+    "attention_resolutions": (),
+}
+GENERATOR = {
+    "width": 32,
+    "layers": 2,
+    "heads": 2,
+    "bits": 4,
+    "grid": (4, 4),
+    "num_classes": 10,
+    "denoiser_width": 32,
+    "denoiser_layers": 1,
+    "diffusion_steps": 8,
+    "mlp_multiple": 32,
+}
+
+
+def _common(c: ConfigDict) -> ConfigDict:
+    c.data.image_size = 8
+    c.data.threads = 2
+    c.train.steps = 6
+    c.train.batch_size = 8
+    c.train.log_every = 1
+    c.train.preview_every = 0
+    c.train.checkpoint_every = 2
+    c.optim.lr = 1e-3
+    c.optim.ema = 0.9
+    c.sampler.iterations = 3
+    c.sampler.denoiser_steps = 3
+    return c
+
+
+def tokenizer() -> ConfigDict:
+    """Settings of a tokenizer on 8x8 digits."""
+    c = _common(config.tokenizer("binary_ae", **TOKENIZER))
+    c.loss.perceptual_weight = 0.0
+    c.loss.gan_weight = 0.0
+    return c
+
+
+def generator(tokenizer_directory) -> ConfigDict:
+    """Settings of a generator that encodes digits as it goes."""
+    c = _common(config.generator("bigr", **GENERATOR))
+    c.tokenizer = str(tokenizer_directory)
+    return c

@@ -1,0 +1,292 @@
+"""The training loop: the same run whatever interrupts it and whatever it runs on."""
+
+import json
+import logging
+import signal
+
+import jax
+import numpy as np
+import pytest
+import small
+
+from bitgen import data, model_directory, reconstruct, sample, tokenize, train
+from bitgen.errors import UserError
+from bitgen.mesh import make_mesh
+
+SPEED = ("images_per_second", "data_wait", "mfu")
+
+
+@pytest.fixture(autouse=True)
+def _handlers():
+    """Training takes SIGTERM and SIGINT; give them back."""
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def metrics(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [{k: v for k, v in row.items() if k not in SPEED} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A tokenizer run of six steps, the data's bits, and a generator run on images."""
+    root = tmp_path_factory.mktemp("trained")
+    train.run(small.tokenizer(), root / "tokenizer")
+    c = small.tokenizer()
+    c.tokenizer = str(root / "tokenizer" / "model")
+    c.tokenize.shard = 500
+    tokenize.run(c, root)
+    train.run(small.generator(c.tokenizer), root / "generator")
+    return root
+
+
+def stop_after(monkeypatch, step):
+    """Ends training as a crash would, right after a step's metrics are written."""
+    from bitgen.logging import RunLog
+
+    write = RunLog.scalars
+
+    def scalars(self, at, values):
+        write(self, at, values)
+        if at == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunLog, "scalars", scalars)
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "generator"])
+def test_resumed_equals_uninterrupted(kind, trained, tmp_path, monkeypatch):
+    make = {
+        "tokenizer": small.tokenizer,
+        "generator": lambda: small.generator(trained / "tokenizer" / "model"),
+    }[kind]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(patch, 5)  # one step past the checkpoint of step 4
+        train.run(make(), tmp_path)
+    train.run(make(), tmp_path)
+    rows, whole = metrics(tmp_path), metrics(trained / kind)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 5, 6]
+    assert rows[:5] + rows[6:] == whole  # bit for bit
+    assert rows[4] == rows[5]
+    ours, theirs = (model_directory.read_info(d / "model")["digest"] for d in (tmp_path, trained / kind))
+    assert ours == theirs
+
+
+def test_sigterm_saves_and_the_run_goes_on(trained, tmp_path, monkeypatch, capsys):
+    from bitgen.logging import RunLog
+
+    write = RunLog.scalars
+
+    def scalars(self, at, values):
+        write(self, at, values)
+        if at == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLog, "scalars", scalars)
+        train.run(small.tokenizer(), tmp_path)
+    assert "saved step 4" in capsys.readouterr().err
+    train.run(small.tokenizer(), tmp_path)
+    assert "resuming" in capsys.readouterr().err
+    assert metrics(tmp_path) == metrics(trained / "tokenizer")
+    train.run(small.tokenizer(), tmp_path)
+    assert "nothing to do" in capsys.readouterr().err
+
+
+def test_one_and_eight_devices_take_the_same_steps(trained, tmp_path, monkeypatch):
+    """To float32 rounding: sums over the batch are in another order."""
+    for kind, make in (
+        ("tokenizer", small.tokenizer),
+        ("generator", lambda: small.generator(trained / "tokenizer" / "model")),
+    ):
+        one = make_mesh(devices=jax.devices()[:1])
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "make_mesh", lambda one=one, **_: one)
+            train.run(make(), tmp_path / kind)
+        for ours, theirs in zip(metrics(tmp_path / kind), metrics(trained / kind), strict=True):
+            assert ours.keys() == theirs.keys()
+            for name in ours:
+                np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good(tmp_path):
+    c = small.tokenizer()
+    c.train.checkpoint_every = 1
+    c.train.log_every = 3
+    c.optim.name, c.optim.lr, c.optim.clip = "adam", 1e-3, 0.0
+    c.train.steps = 2
+    train.run(c, tmp_path)
+    before = model_directory.read_info(tmp_path / "model")["digest"]
+    c.train.steps = 6
+    with pytest.MonkeyPatch.context() as patch:
+        from bitgen.tasks.tokenizer import TokenizerTask
+
+        step = TokenizerTask.step
+
+        def poisoned(self, state, frozen, batch, key, stage):
+            state, m = step(self, state, frozen, batch, key, stage)
+            bad = state.step >= 4
+            return state, {**m, "loss": jax.numpy.where(bad, jax.numpy.nan, m["loss"])}
+
+        patch.setattr(TokenizerTask, "step", poisoned)
+        with pytest.raises(UserError, match=r"loss is nan at step 4; .* keeps the checkpoint of step 3"):
+            train.run(c, tmp_path)
+    c.train.steps = 3
+    train.run(c, tmp_path)
+    assert model_directory.read_info(tmp_path / "model")["steps"] == 3
+    assert model_directory.read_info(tmp_path / "model")["digest"] != before
+
+
+def test_another_config_in_the_workdir_is_refused(trained):
+    c = small.tokenizer()
+    c.optim.lr = 1e-2
+    with pytest.raises(UserError, match=r"different config: optim.lr is 0.001 there and 0.01 here"):
+        train.run(c, trained / "tokenizer")
+
+
+def test_adversarial_stage_starts_at_its_step(tmp_path):
+    c = small.tokenizer()
+    c.model.image_size = c.data.image_size = 16
+    c.loss.gan_weight, c.loss.gan_start = 1.0, 2
+    c.loss.gan_augment = True
+    c.loss.discriminator_width, c.loss.discriminator_layers = 8, 1
+    c.train.steps = 4
+    train.run(c, tmp_path)
+    rows = metrics(tmp_path)
+    assert ["discriminator" in row for row in rows] == [False, False, True, True]
+    assert all(0 < row["gan_weight"] <= 1 for row in rows[2:])
+
+
+def test_tokenized_bits_are_the_tokenizers(trained):
+    c = small.tokenizer()
+    tokenizer = model_directory.load(trained / "tokenizer" / "model", "tokenizer")
+    source = data.PackedSource(trained / "bits")
+    assert len(source) == 1797
+    assert source.meta["tokenizer"] == model_directory.identity(tokenizer.path)
+    c.data.split = "all"
+    images = data.make_batches(c.data, batch_size=8, seed=0, training=False)
+    batch = next(images)
+    for view, pixels in enumerate((batch["image"], batch["image"][:, :, ::-1])):
+        bits = tokenizer.module.apply(
+            {"params": tokenizer.params}, pixels.astype(np.float32) / 127.5 - 1, method="encode"
+        )
+        packed = np.stack([source[i]["bits"][view] for i in range(8)])
+        np.testing.assert_array_equal(data.unpack_bits(packed, 4), bits)
+
+
+def test_training_on_stored_bits_needs_no_tokenizer(trained, tmp_path):
+    c = small.generator("")
+    c.data.source, c.data.path = "bits", str(trained / "bits")
+    train.run(c, tmp_path)
+    assert metrics(tmp_path)[-1]["step"] == 6
+    info = model_directory.read_info(tmp_path / "model")
+    assert info["origin"]["tokenizer"] == model_directory.identity(trained / "tokenizer" / "model")
+
+
+def test_sample_does_not_depend_on_its_batch(trained, tmp_path):
+    from PIL import Image
+
+    pictures = []
+    for size in (8, 16):
+        c = small.generator(trained / "tokenizer" / "model")
+        c.generator = str(trained / "generator" / "model")
+        c.sample.labels, c.sample.per_label, c.sample.batch_size = "0-4", 4, size
+        sample.run(c, tmp_path / str(size))
+        pictures.append(np.asarray(Image.open(tmp_path / str(size) / "samples.png")))
+    assert pictures[0].shape == (5 * 8, 4 * 8, 3)
+    np.testing.assert_array_equal(*pictures)
+
+
+def test_reconstruct_measures_every_image(trained, tmp_path):
+    c = small.tokenizer()
+    c.tokenizer = str(trained / "tokenizer" / "model")
+    reconstruct.run(c, tmp_path)
+    result = json.loads((tmp_path / "reconstructions.json").read_text())
+    assert result["images"] == 180
+    assert result["psnr"] > 5
+    c.reconstruct.batch_size = 16
+    reconstruct.run(c, tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "reconstructions.json").read_text())
+    assert again["psnr"] == pytest.approx(result["psnr"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model.bits": 6}, r"config.model.bits is 6, .* has 4; set --config.model.bits=4"),
+        ({"model.grid": (2, 2)}, r"config.model.grid is \(2, 2\), .* has \(4, 4\)"),
+        ({"model.num_classes": 3}, "10 classes, the generator 3"),
+        ({"tokenizer": "nowhere"}, "nowhere is not a model directory"),
+        ({"train.batch_size": 6}, "choose a multiple of 8"),
+        ({"mesh.data": 3}, "does not fit 8 devices"),
+        ({"optim.schedule": "zigzag"}, r"unknown schedule 'zigzag', have \['constant'"),
+        ({"train.task": "dance"}, r"unknown task 'dance', have \['generator', 'tokenizer'\]"),
+        ({"data.source": "bits"}, "no bits folder"),
+        ({"data.source": "folder", "data.path": "nowhere"}, "nowhere"),
+    ],
+)
+def test_bad_settings_are_one_clear_error(change, message, trained, tmp_path):
+    c = small.generator(trained / "tokenizer" / "model")
+    for key, value in change.items():
+        with c.ignore_type():
+            c.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=message):
+        train.run(c, tmp_path)
+
+
+def test_models_that_do_not_fit_are_named(trained, tmp_path):
+    c = small.generator(trained / "tokenizer" / "model")
+    c.generator = str(trained / "generator" / "model")
+    info = json.loads((trained / "tokenizer" / "model" / "model.json").read_text())
+    other = tmp_path / "other"
+    tokenizer = model_directory.load(trained / "tokenizer" / "model", "tokenizer")
+    model_directory.write(other, {**info, "hparams": {**info["hparams"]}}, tokenizer.params)
+    loaded = model_directory.load(trained / "generator" / "model", "generator")
+    mismatch = model_directory.Model(loaded.module.clone(bits=8), loaded.params, {}, "G")
+    with pytest.raises(UserError, match="generator G and tokenizer .* do not fit: bits a token 8 against 4"):
+        model_directory.check_fit(mismatch, tokenizer)
+    for labels, message in (("12", "label 12 is out of range"), ("a-b", "cannot read the label 'a-b'")):
+        c.sample.labels = labels
+        with pytest.raises(UserError, match=message):
+            sample.run(c, tmp_path)
+    c.generator = c.tokenizer
+    with pytest.raises(UserError, match=r"holds a tokenizer \(binary_ae\), not a generator"):
+        sample.run(c, tmp_path)
+
+
+def test_a_damaged_model_directory_is_named(trained, tmp_path):
+    tokenizer = model_directory.load(trained / "tokenizer" / "model", "tokenizer")
+    info = {k: tokenizer.info[k] for k in ("kind", "family", "hparams")}
+    wrong = {**info, "hparams": {**info["hparams"], "bits": 5}}
+    model_directory.write(tmp_path / "wrong", wrong, tokenizer.params)
+    with pytest.raises(UserError, match="do not match its model.json"):
+        model_directory.load(tmp_path / "wrong", "tokenizer")
+    (tmp_path / "wrong" / "model.json").write_text("{")
+    with pytest.raises(UserError, match="model.json is damaged"):
+        model_directory.load(tmp_path / "wrong", "tokenizer")
+
+
+def test_broken_images_are_named_and_too_many_stop_the_run(tmp_path, caplog):
+    from PIL import Image
+
+    folder = tmp_path / "pictures" / "a"
+    folder.mkdir(parents=True)
+    for i in range(20):
+        Image.fromarray(np.full((9, 9, 3), i, np.uint8)).save(folder / f"{i:02d}.png")
+    (folder / "05.png").write_bytes(b"no image")
+    c = small.tokenizer()
+    c.data.source, c.data.path, c.data.split = "folder", str(tmp_path / "pictures"), "all"
+    c.data.max_broken_share = 0.2
+    with caplog.at_level(logging.WARNING):
+        train.run(c, tmp_path / "run")
+    assert "05.png" in caplog.text
+    assert metrics(tmp_path / "run")[-1]["broken_images"] >= 1
+    c.data.max_broken_share = 0.01
+    with pytest.raises(UserError, match=r"cannot be read .*first: .*05.png"):
+        train.run(c, tmp_path / "stopped")
+
+
