@@ -15,6 +15,7 @@ def base() -> ConfigDict:
     config.seed = 0
     config.tokenizer = ""  # model directory; read by every task and mode but tokenizer training
     config.generator = ""  # model directory; read by sampling
+    config.init_from = ""  # model directory that training starts from, with the same sizes
     config.data = data.default_config()
 
     config.train = ConfigDict()
@@ -52,6 +53,25 @@ def base() -> ConfigDict:
     config.sample.batch_size = 64  # over all devices
     config.sample.columns = 0  # of the grid; 0: per_label, or a square
     config.sample.output = "samples.png"  # below the workdir
+
+    # 0 and '' leave it to the kind: `bitgen.edit.KINDS`. What is not here is config.sampler's.
+    config.edit = ConfigDict()
+    config.edit.kind = "inpaint"  # or outpaint, edit, interpolate, enrich
+    config.edit.image = ""  # picture file of any size
+    config.edit.mask = ""  # file of the picture's size, white where to redraw; outpaint: to keep
+    config.edit.box = ""  # instead of a mask: x0,y0,x1,y1 in pixels of the picture
+    config.edit.label = ""  # class of what is drawn; none: the null class, without guidance
+    config.edit.labels = ""  # of interpolate: two classes
+    config.edit.steps = 0  # of interpolate: mixtures; 0: BiGR's 27
+    config.edit.downsample = 2  # of enrich: by how much the view is reduced; the side of blocks
+    config.edit.rounds = 4  # of enrich: times that every token is drawn again
+    config.edit.variants = 0
+    config.edit.iterations = 0
+    config.edit.guidance = 0.0
+    config.edit.order = ""
+    config.edit.gumbel = 0.0
+    config.edit.batch_size = 32  # over all devices
+    config.edit.blend = False  # also the whole picture with the result blended into it
 
     config.reconstruct = ConfigDict()
     config.reconstruct.images = 0  # 0: all of the split

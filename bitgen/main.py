@@ -1,11 +1,15 @@
-"""The one entry: `python -m bitgen.main --config=FILE --workdir=DIR --mode=MODE`."""
+"""The one entry: python -m bitgen.main --config=FILE --workdir=DIR [--mode=MODE] [--config.KEY=VALUE]
+
+FILE is one of configs/, maybe with a size behind a colon (configs/bigr.py:XL), or your own. Every
+setting of it can be changed: bitgen/config.py lists and explains them.
+"""
 
 import importlib
 import runpy
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -14,7 +18,7 @@ from bitgen.errors import UserError, choose
 from bitgen.logging import quiet, say
 
 # Each is bitgen.<module>.run(config, workdir).
-MODES = ("train", "tokenize", "sample", "reconstruct")
+MODES = ("train", "tokenize", "sample", "edit", "reconstruct")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File of configs/, or your own.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
@@ -23,10 +27,16 @@ _MODE = flags.DEFINE_string("mode", "train", f"One of {', '.join(MODES)}.")
 
 def main(argv: Sequence[str] = tuple(sys.argv)) -> int:
     """Runs one mode; returns the exit status: 0, or 2 after one line about bad input."""
+    if {"--help", "-h"} & set(argv):
+        print(f"{__doc__}\nMODE is one of {', '.join(MODES)}; train by default.")
+        return 0
     try:
         config, workdir, mode = _parse(list(argv))
         quiet()
-        workdir.mkdir(parents=True, exist_ok=True)
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"cannot make --workdir={workdir}: {e.strerror}") from None
         importlib.import_module(f"bitgen.{mode}").run(config, workdir)
     except UserError as e:
         say(f"error: {e}")
@@ -35,31 +45,53 @@ def main(argv: Sequence[str] = tuple(sys.argv)) -> int:
 
 
 def _parse(argv: list[str]) -> tuple[ConfigDict, Path, str]:
+    path, arguments = _config_file(argv)
+    if path:
+        _check_keys(_load(path, arguments), argv)
     try:
         rest = flags.FLAGS(argv)[1:]
     except (flags.Error, config_flags.config_flags.FlagOrderError) as e:
         raise UserError(str(e).splitlines()[0]) from None
-    except (AttributeError, KeyError):
-        _explain_keys(argv)
-        raise
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}; settings look like --config.seed=1")
-    mode = _MODE.value
-    choose("mode", mode, {m: m for m in MODES})
+    choose("mode", _MODE.value, MODES)
+    if not path:
+        raise UserError("no --config=FILE given; the shipped ones are in configs/")
     if _WORKDIR.value is None:
         raise UserError("no --workdir=DIR given: the directory that the run writes to")
-    if not isinstance(_CONFIG.value, ConfigDict):
-        path = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), None)
-        problem = f"cannot read --config={path}" if path else "no --config=FILE given"
-        raise UserError(f"{problem}; the shipped ones are in configs/")
-    config = _CONFIG.value.lock()
-    return config, Path(_WORKDIR.value), mode
+    return _CONFIG.value.lock(), Path(_WORKDIR.value), _MODE.value
 
 
-def _explain_keys(argv: list[str]) -> None:
-    """Raises UserError for the first --config.KEY that the config file does not have."""
-    path = next(a.split("=", 1)[1] for a in argv if a.startswith("--config="))
-    root: Any = runpy.run_path(path)["get_config"]()
+def _config_file(argv: list[str]) -> tuple[str, list[str]]:
+    """-> the path that --config names, and what follows its colon, as arguments of get_config."""
+    for i, argument in enumerate(argv):
+        name, equals, value = argument.lstrip("-").partition("=")
+        if argument.startswith("-") and name == "config":
+            value = value if equals else "".join(argv[i + 1 : i + 2])
+            path, colon, rest = value.partition(":")
+            return path, [rest] if colon else []
+    return "", []
+
+
+def _load(path: str, arguments: list[str]) -> ConfigDict:
+    """Returns what a config file gives; raises UserError with its own error if it fails."""
+    if not Path(path).is_file():
+        raise UserError(f"there is no config file {path}; the shipped ones are in configs/")
+    try:
+        config = runpy.run_path(path)["get_config"](*arguments)
+    except UserError:
+        raise
+    except Exception as e:
+        lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == path]
+        where = f"{path}:{lines[-1]}" if lines else path
+        raise UserError(f"the config {where} fails: {type(e).__name__}: {e}") from None
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"get_config() of {path} gives {config!r}, not a ConfigDict")
+    return config
+
+
+def _check_keys(root: ConfigDict, argv: list[str]) -> None:
+    """Raises UserError for the first --config.KEY that the config does not have."""
     for argument in argv:
         if not argument.startswith("--config."):
             continue

@@ -1,13 +1,19 @@
 """Model directories: `model.json`, which describes the model, beside its Orbax parameters.
 
-Training exports them, conversion writes them, every mode reads them.
+Training exports them, conversion writes them, every mode reads them. A third part is there if the
+model was imported with tensors that it does not use but its original file has, such as the
+discriminator that a tokenizer was trained against: `carried.npz`, by their original names.
+
+A path may be `zoo:NAME`, a released model (`zoo`).
 """
 
 import dataclasses
-import hashlib
+import errno
 import json
 import os
 import shutil
+import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +22,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import linen as nn
 
-from bitgen import __version__, build
+from bitgen import __version__, build, streaming
 from bitgen.errors import UserError
+from bitgen.streaming import LazyArray
 
 FORMAT = 1
 
@@ -32,31 +39,67 @@ class Model:
     path: str
 
 
-def write(directory: str | os.PathLike, info: dict[str, Any], params: Any) -> None:
+def write(
+    directory: str | os.PathLike,
+    info: dict[str, Any],
+    params: Any,
+    carried: Iterable[tuple[str, np.ndarray]] = (),
+) -> None:
     """Writes a model directory; it appears, or replaces the one before, only when complete.
 
     Args:
-      directory: where to.
+      directory: where to; UserError if something else than a model directory is there.
       info: kind ('tokenizer' or 'generator'), family, hparams and origin.
-      params: nested dict of arrays.
+      params: nested dict of arrays. Or of LazyArray, of which one is in memory at a time: for a
+        single process.
+      carried: names and values of tensors to keep aside, no half types.
     """
-    directory = Path(directory).absolute()
+    directory = Path(os.path.abspath(directory))
+    primary = jax.process_index() == 0
+    if primary:
+        check_replaceable(directory)
     temporary = directory.with_name(directory.name + ".writing")
-    if jax.process_index() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-        checkpointer.save(temporary / "params", args=ocp.args.StandardSave(params))
-    if jax.process_index() == 0:
-        info = {"format": FORMAT, "bitgen": __version__, **info, "digest": digest(params)}
-        (temporary / "model.json").write_text(json.dumps(info, indent=2) + "\n")
-        shutil.rmtree(directory, ignore_errors=True)
-        os.replace(temporary, directory)
+    try:
+        if primary:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        if any(isinstance(leaf, LazyArray) for leaf in jax.tree.leaves(params)):
+            hashed = streaming.save(temporary / "params", params)
+        else:
+            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+                checkpointer.save(temporary / "params", args=ocp.args.StandardSave(params))
+            hashed = digest(params) if primary else ""
+        if primary:
+            _write_carried(temporary / "carried.npz", carried)
+            info = {"format": FORMAT, "bitgen": __version__, **info, "digest": hashed}
+            (temporary / "model.json").write_text(json.dumps(info, indent=2) + "\n")
+            shutil.rmtree(directory, ignore_errors=True)
+            os.replace(temporary, directory)
+    except (OSError, ValueError) as e:
+        # TensorStore's errors are ValueErrors.
+        if getattr(e, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(e):
+            raise UserError(f"the disk is full: {directory} was not written") from None
+        raise
+    finally:
+        if primary:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_replaceable(directory: Path) -> None:
+    """Raises UserError if something else than a model directory is there."""
+    if directory.is_dir() and not (directory / "model.json").is_file() and any(directory.iterdir()):
+        raise UserError(f"{directory} has other files in it, choose a new directory")
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{directory} is a file, choose a new directory")
 
 
 def read_info(path: str | os.PathLike) -> dict[str, Any]:
     """Returns model.json; raises UserError if `path` is not a model directory."""
-    file = Path(path) / "model.json"
+    file = _local(path) / "model.json"
+    if Path(path).is_file():
+        raise UserError(
+            f"{path} is a file: `python -m bitgen.convert {path} DIR` makes a model of it"
+        )
     if not file.is_file():
         raise UserError(f"{path} is not a model directory: it has no model.json")
     try:
@@ -74,7 +117,7 @@ def load(path: str | os.PathLike, kind: str, sharding: Any = None, **fields: Any
     """Returns the model in a directory, its parameters placed by `sharding`.
 
     Args:
-      path: the directory.
+      path: the directory, or zoo:NAME.
       kind: 'tokenizer' or 'generator'; anything else there is a UserError.
       sharding: of every parameter; the first device by default.
       **fields: of the module that are not part of the model, such as dtype.
@@ -87,14 +130,16 @@ def load(path: str | os.PathLike, kind: str, sharding: Any = None, **fields: Any
     module = build.make_module(kind, info["family"], {**info["hparams"], **fields})
     shapes = build.param_shapes(module)
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
+    target = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes
+    )
     try:
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
             params = checkpointer.restore(
-                Path(path).absolute() / "params", args=ocp.args.StandardRestore(target)
+                _local(path).absolute() / "params", args=ocp.args.StandardRestore(target)
             )
     except (ValueError, KeyError, FileNotFoundError, OSError) as e:
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        reason = _first_line(e)
         raise UserError(f"the parameters in {path} do not match its model.json: {reason}") from None
     return Model(module, params, info, str(path))
 
@@ -105,14 +150,57 @@ def identity(path: str | os.PathLike) -> dict[str, Any]:
     return {"family": info["family"], "digest": info["digest"]}
 
 
+def load_carried(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Returns the tensors that the import kept aside, by their original names; often none."""
+    file = _local(path) / "carried.npz"
+    if not file.is_file():
+        return {}
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (ValueError, OSError, zipfile.BadZipFile) as e:
+        raise UserError(f"{file} is damaged: {e}") from None
+
+
+def open_params(path: str | os.PathLike) -> dict[str, Any]:
+    """Returns the parameters as a nested dict of arrays that are read one at a time."""
+    try:
+        return streaming.open_arrays(_local(path).absolute() / "params")
+    except (ValueError, KeyError, OSError) as e:
+        raise UserError(f"the parameters in {path} cannot be read: {_first_line(e)}") from None
+
+
 def digest(params: Any) -> str:
     """Returns a short hash of names, shapes, dtypes and values."""
-    h = hashlib.blake2b(digest_size=8)
+    running = streaming.Digest()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        array = np.ascontiguousarray(leaf)
-        h.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode())
-        h.update(array.data if array.dtype.kind != "V" else array.tobytes())
-    return h.hexdigest()
+        running.add(path, leaf)
+    return running.value()
+
+
+def _local(path: str | os.PathLike) -> Path:
+    if str(path).startswith("zoo:"):
+        from bitgen import zoo  # which needs this module
+
+        return zoo.resolve(str(path))
+    return Path(path)
+
+
+def _first_line(e: Exception) -> str:
+    return str(e).strip().split("\n")[0] or type(e).__name__
+
+
+def _write_carried(path: Path, carried: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Writes what `np.load` reads, one array in memory at a time; no file if there are none."""
+    file = None
+    try:
+        for name, value in carried:
+            file = file or zipfile.ZipFile(path, "w")
+            with file.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                np.lib.format.write_array(entry, value, allow_pickle=False)
+    finally:
+        if file is not None:
+            file.close()
 
 
 def check_fit(generator: Model, tokenizer: Model) -> None:

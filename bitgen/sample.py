@@ -1,5 +1,6 @@
-"""Mode `sample`: labels and a seed to a grid of images."""
+"""Mode `sample`: labels and a seed to images, any number of them."""
 
+import hashlib
 import time
 from pathlib import Path
 from typing import Any
@@ -8,37 +9,58 @@ import jax
 import numpy as np
 
 from bitgen import model_directory
-from bitgen.data.images import grid, write_png
 from bitgen.errors import UserError
+from bitgen.labels import class_names_of, parse_labels
 from bitgen.logging import say
 from bitgen.mesh import make_mesh, replicated, shards_of_batch
+from bitgen.outputs import make_output
 from bitgen.samplers.images import image_keys, image_sampler
 from bitgen.samplers.masked import MaskedPlan
 
 
 def run(config: Any, workdir: Path) -> None:
-    """Writes `config.sample.output` and the images' labels below the workdir.
+    """Writes `config.sample.output` below the workdir; a folder or npz goes on where it stopped.
 
-    The generator is `config.generator`, or the one that was trained in the workdir. Raises UserError
-    for a label out of range, or a generator and tokenizer that do not fit.
+    The generator is `config.generator`, or the one that was trained in the workdir. An image depends
+    on its index, label, seed and sampler settings, not on batch size or devices. Raises UserError for
+    a label out of range, or a generator and tokenizer that do not fit.
     """
-    mesh = make_mesh(**config.mesh)
+    if jax.process_count() > 1:
+        raise UserError("sample runs in one process: start it on one host")
+    settings, mesh = config.sample, make_mesh(**config.mesh)
     everywhere = replicated(mesh)
-    generator = model_directory.load(
-        config.generator or workdir / "model", "generator", everywhere
-    )
+    generator = model_directory.load(config.generator or workdir / "model", "generator", everywhere)
     tokenizer = model_directory.load(config.tokenizer, "tokenizer", everywhere)
     model_directory.check_fit(generator, tokenizer)
-    labels = np.repeat(
-        parse_labels(config.sample.labels, generator.module.num_classes), config.sample.per_label
+    classes = parse_labels(
+        settings.labels, generator.module.num_classes, class_names_of(generator.info)
     )
-    sampler = image_sampler(generator.module, tokenizer.module, _plan(config), mesh)
+    labels = np.repeat(classes, settings.per_label)
+    plan = MaskedPlan(**config.sampler)
+    columns = settings.columns or max(settings.per_label, 1)
+    if columns == 1:
+        columns = int(np.ceil(np.sqrt(len(labels))))
+    output = make_output(
+        workdir / settings.output,
+        labels,
+        columns,
+        {
+            "generator": generator.info["digest"],
+            "tokenizer": tokenizer.info["digest"],
+            "labels": hashlib.sha256(labels.astype(np.int64).tobytes()).hexdigest()[:16],
+            "seed": config.seed,
+            "sampler": config.sampler.to_dict(),
+        },
+    )
 
     # Every batch has the same shape, so that there is one program; the last is filled up.
-    shards = shards_of_batch(mesh)
-    size = -(-min(config.sample.batch_size, len(labels)) // shards) * shards
-    images, started = [], time.monotonic()
-    for start in range(0, len(labels), size):
+    sampler = image_sampler(generator.module, tokenizer.module, plan, mesh)
+    shards, first = shards_of_batch(mesh), output.next_index
+    size = -(-min(settings.batch_size, len(labels)) // shards) * shards
+    if first:
+        say(f"going on at image {first} of {len(labels)}")
+    started = time.monotonic()
+    for start in range(first, len(labels), size):
         indices = np.arange(start, start + size)
         batch = sampler(
             generator.params,
@@ -46,35 +68,8 @@ def run(config: Any, workdir: Path) -> None:
             labels[np.minimum(indices, len(labels) - 1)],
             image_keys(config.seed, indices),
         )
-        images.append(np.asarray(batch)[: len(labels) - start])
-        done = min(start + size, len(labels))
-        say(f"sampled {done}/{len(labels)}, {done / (time.monotonic() - started):.2f} images/s")
-    columns = config.sample.columns or max(config.sample.per_label, 1)
-    if columns == 1:
-        columns = int(np.ceil(np.sqrt(len(labels))))
-    path = workdir / config.sample.output
-    if jax.process_index() == 0:
-        write_png(path, grid(np.concatenate(images), columns))
-    say(f"wrote {path}: {len(labels)} images, {columns} a row")
-
-
-def parse_labels(text: str, num_classes: int) -> np.ndarray:
-    """Returns the labels of '3', '0-9', '207,360-362' or 'all'; UserError if one is not there."""
-    if text == "all":
-        return np.arange(num_classes)
-    labels: list[int] = []
-    for part in str(text).split(","):
-        first, _, last = part.strip().partition("-")
-        if not first.isdigit() or not (last.isdigit() or not last):
-            raise UserError(f"cannot read the label {part!r}: write indices and ranges, 0-9,207")
-        labels += range(int(first), int(last or first) + 1)
-    for label in labels:
-        if label >= num_classes:
-            raise UserError(f"label {label} is out of range: the model has classes 0 to {num_classes - 1}")
-    if not labels:
-        raise UserError(f"no labels in {text!r}: write indices and ranges, 0-9,207")
-    return np.array(labels)
-
-
-def _plan(config: Any) -> MaskedPlan:
-    return MaskedPlan(**config.sampler)
+        output.add(np.asarray(batch)[: len(labels) - start])
+        done = output.next_index
+        rate = (done - first) / (time.monotonic() - started)
+        say(f"sampled {done}/{len(labels)}, {rate:.2f} images/s")
+    say(output.finish())

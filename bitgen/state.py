@@ -6,7 +6,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.tree_util import tree_leaves_with_path
 
+from bitgen.errors import UserError
 from bitgen.mesh import Rules, tree_shardings
 
 PyTree = Any
@@ -30,6 +32,34 @@ def ema_update(ema: PyTree, params: PyTree, step: jax.Array, decay: float, every
         return moved
     move = (step + 1) % every == 0
     return jax.tree.map(lambda e, m: jnp.where(move, m, e), ema, moved)
+
+
+def with_params(state: TrainState, params: PyTree, what: str) -> TrainState:
+    """Returns the state with the model's parameters, and their average, replaced by `params`.
+
+    Raises UserError if they are not those of the same model; `what` names where they come from.
+    """
+    ours = {jax.tree_util.keystr(k): v for k, v in tree_leaves_with_path(state.params["model"])}
+    theirs = {jax.tree_util.keystr(k): v for k, v in tree_leaves_with_path(params)}
+    wrong = [
+        f"{name} {getattr(theirs.get(name), 'shape', 'missing')} there, "
+        f"{getattr(ours.get(name), 'shape', 'missing')} here"
+        for name in sorted(ours.keys() | theirs.keys())
+        if getattr(theirs.get(name), "shape", None) != getattr(ours.get(name), "shape", None)
+    ]
+    if wrong:
+        raise UserError(
+            f"{what} is not of the sizes of config.model: {wrong[0]} (and {len(wrong) - 1} more); "
+            "set config.model as its model.json says"
+        )
+    placed = jax.tree.map(
+        lambda old, new: jax.device_put(jnp.asarray(new, old.dtype), old.sharding),
+        state.params["model"],
+        params,
+    )
+    return state.replace(
+        params={**state.params, "model": placed}, ema=jax.tree.map(jnp.copy, placed)
+    )
 
 
 def born_sharded(init: Any, key: jax.Array, rules: Rules, mesh: Mesh) -> tuple[Any, Any]:

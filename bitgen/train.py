@@ -38,8 +38,6 @@ def _run(config: Any, workdir: Path, stack: contextlib.ExitStack) -> None:
     task = choose("task", settings.task, TASKS)(config)
     mesh = make_mesh(**config.mesh)
     _check(config, mesh)
-    checkpoints = Checkpoints(workdir, config.to_dict(), settings.keep)
-    stack.callback(checkpoints.close)
 
     # -------------------------------------------------------------------- data
     batches = data.make_batches(
@@ -52,8 +50,11 @@ def _run(config: Any, workdir: Path, stack: contextlib.ExitStack) -> None:
     )
     stack.callback(batches.close)
     _check_classes(config, batches)
+    info = {**task.info, "class_names": list(batches.class_names)}
 
     # ------------------------------------------------------------------- state
+    checkpoints = Checkpoints(workdir, config.to_dict(), settings.keep)
+    stack.callback(checkpoints.close)
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
     state, shardings = born_sharded(task.init, init_key, (), mesh)
     frozen = jax.device_put(task.frozen(), replicated(mesh))
@@ -63,6 +64,9 @@ def _run(config: Any, workdir: Path, stack: contextlib.ExitStack) -> None:
         batches.set_state(position)
         step = int(state.step)
         say(f"resuming {workdir} at step {step}")
+    elif config.init_from:
+        state = task.start_from(state, model_directory.load(config.init_from, settings.task))
+        say(f"starting from {config.init_from}")
     feed = Feed(batches, mesh)
     size = sum(leaf.size for leaf in jax.tree.leaves(state.params["model"]))
     say(f"training {config.model.family}: {size / 1e6:.1f} M parameters, {mesh.size} devices")
@@ -115,7 +119,7 @@ def _run(config: Any, workdir: Path, stack: contextlib.ExitStack) -> None:
         if saving:
             checkpoints.save(step, state, feed.position)
             saved = step
-            model_directory.write(workdir / "model", {**task.info, "steps": step}, state.ema)
+            model_directory.write(workdir / "model", {**info, "steps": step}, state.ema)
 
     # ------------------------------------------------------------------ the end
     checkpoints.wait()

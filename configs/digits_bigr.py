@@ -13,8 +13,8 @@ def get_config():
         width=128,
         layers=4,
         heads=4,
-        bits=8,
-        grid=(8, 8),
+        bits=24,
+        grid=(4, 4),
         num_classes=10,
         denoiser_width=128,
         denoiser_layers=2,
@@ -26,7 +26,7 @@ def get_config():
     c.data.path = "runs/digits/bits"
     c.data.flip = False
     c.train.batch_size = 64
-    c.train.steps = 1500
+    c.train.steps = 1000
     c.train.log_every = 100
     c.train.preview_every = 500
     c.train.preview_images = 40
@@ -40,7 +40,7 @@ def get_config():
     c.optim.clip = 1.0
     c.optim.ema = 0.99
     c.sampler.iterations = 10
-    c.sampler.guidance = 2.0
+    c.sampler.guidance = 1.5
     c.sampler.denoiser_steps = 32
     c.sample.labels = "0-9"
     c.sample.per_label = 10

@@ -1,4 +1,4 @@
-"""A small binary autoencoder on scikit-learn's digits: 32x32 images to an 8x8 grid of 8 bits.
+"""A small binary autoencoder on scikit-learn's digits: 32x32 images to a 4x4 grid of 24 bits.
 
     python -m bitgen.main --config=configs/digits_tokenizer.py --workdir=runs/digits/tokenizer
 """
@@ -11,19 +11,19 @@ def get_config():
     c = config.tokenizer(
         "binary_ae",
         width=32,
-        multipliers=(1, 1, 1),
+        multipliers=(1, 1, 1, 1),
         blocks=1,
-        bits=8,
+        bits=24,
         embed_dim=32,
         image_size=32,
         attention_resolutions=(),
     )
     c.data.flip = False
     c.train.batch_size = 32
-    c.train.steps = 600
+    c.train.steps = 400
     c.train.log_every = 50
-    c.train.preview_every = 300
-    c.train.checkpoint_every = 300
+    c.train.preview_every = 200
+    c.train.checkpoint_every = 200
     c.optim.name = "adam"
     c.optim.lr = 2e-3
     c.optim.warmup = 20

@@ -10,6 +10,8 @@ import pytest
 import small
 
 from bitgen import data, model_directory, reconstruct, sample, tokenize, train
+from bitgen.convert import patchgan
+from bitgen.convert.rules import export_tensors
 from bitgen.errors import UserError
 from bitgen.mesh import make_mesh
 
@@ -185,6 +187,44 @@ def test_training_on_stored_bits_needs_no_tokenizer(trained, tmp_path):
     assert metrics(tmp_path)[-1]["step"] == 6
     info = model_directory.read_info(tmp_path / "model")
     assert info["origin"]["tokenizer"] == model_directory.identity(trained / "tokenizer" / "model")
+
+
+def test_training_starts_from_a_model_of_the_same_sizes(trained, tmp_path):
+    c = small.tokenizer()
+    c.init_from = str(trained / "tokenizer" / "model")
+    c.optim.lr, c.train.steps = 1e-12, 1
+    train.run(c, tmp_path / "same")
+    ours, theirs = (
+        model_directory.load(d / "model", "tokenizer").params
+        for d in (tmp_path / "same", trained / "tokenizer")
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ours, theirs)
+    c.model.bits = 5
+    with pytest.raises(UserError, match="model is not of the sizes of config.model: .*quantizer"):
+        train.run(c, tmp_path / "other")
+
+
+def test_fine_tuning_goes_on_with_the_imported_discriminator(trained, tmp_path):
+    from bitgen.tasks.tokenizer import TokenizerTask
+
+    c = small.tokenizer()
+    c.model.image_size = c.data.image_size = 16
+    c.loss.gan_weight = 1.0
+    c.loss.discriminator_width, c.loss.discriminator_layers = 8, 1
+    task = TokenizerTask(c)
+    state = task.init(jax.random.key(0))
+    target = {
+        "params": state.params["discriminator"],
+        "batch_stats": state.stats["discriminator"],
+    }
+    table = patchgan.table({"width": 8, "layers": 1})
+    other = jax.tree.map(lambda x: np.asarray(x) + 0.5, target)
+    tensors = dict(export_tensors(table, other, {}, {}))
+    params = jax.tree.map(np.asarray, state.params["model"])
+    model_directory.write(tmp_path / "model", task.info, params, tensors.items())
+    started = task.start_from(state, model_directory.load(tmp_path / "model", "tokenizer"))
+    jax.tree.map(np.testing.assert_array_equal, started.params["discriminator"], other["params"])
+    jax.tree.map(np.testing.assert_array_equal, started.stats["discriminator"], other["batch_stats"])
 
 
 def test_sample_does_not_depend_on_its_batch(trained, tmp_path):

@@ -15,6 +15,7 @@ from bitgen.errors import UserError
 
 _LABEL = 18  # pixels of a cell's label
 _GAP = 6  # between cells
+_PAGE = (225, 225, 225)  # neither black nor white, as masks are
 _SMALLEST = 128  # side of a cell, so that labels fit
 _MARGIN = 6  # beyond the border, for blending
 
@@ -138,13 +139,13 @@ def blend(
 
 
 def sheet(rows: list[list[tuple[str, UInt8[np.ndarray, "S S 3"]]]]) -> UInt8[np.ndarray, "H W 3"]:
-    """Returns rows of square pictures of one size, each below its label, on white."""
+    """Returns rows of square pictures of one size, each below its label."""
     size = rows[0][0][1].shape[0]
     scale = -(-_SMALLEST // size)
     side = size * scale
     width, height = side + _GAP, side + _LABEL + _GAP
     columns = max(map(len, rows))
-    page = Image.new("RGB", (columns * width + _GAP, len(rows) * height + _GAP), "white")
+    page = Image.new("RGB", (columns * width + _GAP, len(rows) * height + _GAP), _PAGE)
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(size=13)
     for i, row in enumerate(rows):
         for j, (label, picture) in enumerate(row):

@@ -15,7 +15,7 @@ from bitgen.mesh import make_mesh
 from bitgen.pixels import from_uint8
 from bitgen.samplers.images import image_keys, image_sampler
 from bitgen.samplers.masked import MaskedPlan
-from bitgen.state import TrainState, ema_update
+from bitgen.state import TrainState, ema_update, with_params
 
 PyTree = Any
 
@@ -67,6 +67,10 @@ class GeneratorTask:
             ema=jax.tree.map(jnp.copy, params),
             stats={},
         )
+
+    def start_from(self, state: TrainState, model: model_directory.Model) -> TrainState:
+        """Returns the state with the parameters of a model directory; UserError if sizes differ."""
+        return with_params(state, model.params, model.path)
 
     def stage(self, step: int) -> bool:
         """Returns False: every step is compiled alike."""

@@ -8,13 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bitgen import build, optim
+from bitgen import build, model_directory, optim
+from bitgen.convert import patchgan
+from bitgen.convert.rules import import_tensors
 from bitgen.data.images import grid
 from bitgen.losses import adversarial
 from bitgen.losses.augment import diff_augment
 from bitgen.losses.lpips import load_lpips, lpips_distance
 from bitgen.pixels import from_uint8, to_uint8
-from bitgen.state import TrainState, ema_update
+from bitgen.state import TrainState, ema_update, with_params
 
 PyTree = Any
 
@@ -57,6 +59,30 @@ class TokenizerTask:
             opt={name: self.optimiser.init(p) for name, p in params.items()},
             ema=jax.tree.map(jnp.copy, params["model"]),
             stats=stats,
+        )
+
+    def start_from(self, state: TrainState, model: model_directory.Model) -> TrainState:
+        """Returns the state with the parameters of a model directory; UserError if sizes differ.
+
+        The discriminator that an imported model was trained against goes on too.
+        """
+        state = with_params(state, model.params, model.path)
+        carried = model_directory.load_carried(model.path)
+        tensors = {name: x for name, x in carried.items() if name.startswith("disc.")}
+        if self.discriminator is None or not tensors:
+            return state
+        hparams = {"width": self.discriminator.width, "layers": self.discriminator.layers}
+        target = {
+            "params": state.params["discriminator"],
+            "batch_stats": state.stats["discriminator"],
+        }
+        variables, _ = import_tensors(patchgan.table(hparams), tensors, target)
+        variables = jax.tree.map(
+            lambda old, new: jax.device_put(new, old.sharding), target, variables
+        )
+        return state.replace(
+            params={**state.params, "discriminator": variables["params"]},
+            stats={"discriminator": variables["batch_stats"]},
         )
 
     def stage(self, step: int) -> bool:

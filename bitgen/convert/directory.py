@@ -1,0 +1,231 @@
+"""From a checkpoint file to a model directory, and back to a file for the original PyTorch code."""
+
+import dataclasses
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+from flax.errors import FlaxError
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from bitgen import build, model_directory, zoo
+from bitgen.convert import bigr, binary_ae
+from bitgen.convert.entries import Shape
+from bitgen.convert.files import (
+    TORCH_SUFFIXES,
+    Tensors,
+    check_space,
+    open_tensors,
+    write_torch,
+)
+from bitgen.convert.rules import Plan, check_aliases, export_tensors, plan_import, read_slices
+from bitgen.errors import UserError, choose
+from bitgen.streaming import LazyArray
+
+
+class Family(NamedTuple):
+    """How the files of one family are read and written."""
+
+    kind: str  # tokenizer or generator
+    convert: ModuleType  # with table, recognise and wrapping
+    wrapped: str | None  # the key under which released files hold the state dict
+
+
+FAMILIES = {
+    "binary_ae": Family("tokenizer", binary_ae, None),
+    "bigr": Family("generator", bigr, "ema"),
+}
+
+
+class Imported(NamedTuple):
+    """What became of a file."""
+
+    info: dict[str, Any]  # model.json
+    parameters: int
+    plan: Plan
+
+
+def import_file(
+    source: str | os.PathLike,
+    directory: str | os.PathLike,
+    model: str | None = None,
+    weights: Literal["ema", "model"] | None = None,
+    dtype: str = "float32",
+) -> Imported:
+    """Converts a checkpoint file to a model directory.
+
+    Args:
+      source: a PyTorch or safetensors file, which tells family and sizes.
+      directory: where to; it appears, or replaces a model directory there, only when complete.
+      model: name in the zoo, to override what the file tells.
+      weights: which set of a file with several, by default 'ema' if it is there.
+      dtype: of the parameters in the directory, float32 or bfloat16.
+
+    Raises UserError for a file that cannot be read, is of no known family or of another than
+    `model`, or whose tensors are not exactly those of the model.
+    """
+    to_dtype = np.dtype(choose("dtype", dtype, build.DTYPES))
+    directory = Path(os.path.abspath(directory))
+    model_directory.check_replaceable(directory)
+    tensors = open_tensors(source, weights)
+    family, hparams, looks_like = _recognise(tensors, model)
+    kind, convert, _ = FAMILIES[family]
+    wrapping = convert.wrapping(tensors.shapes)
+    try:
+        target = _target(kind, family, hparams)
+        plan = plan_import(convert.table(hparams, **wrapping), tensors.shapes, target)
+        # Names of one place in the file need no comparison.
+        places = tensors.places
+        others = {a: b for a, b in plan.aliases.items() if places[a] != places[b]}
+        check_aliases(dataclasses.replace(plan, aliases=others), tensors)
+    except UserError as e:
+        raise UserError(f"{looks_like}; {e}") from None
+    count = sum(map(math.prod, plan.leaves.values()))
+    aside = sum(math.prod(tensors.shapes[name]) for name in plan.carried)
+    check_space(directory, count * to_dtype.itemsize + aside * 4)
+
+    entry = zoo.find(family, hparams)
+    info = {
+        "kind": kind,
+        "family": family,
+        "hparams": {**_defaults(kind, family), **hparams},
+        "origin": {
+            "file": tensors.path.name,
+            "bytes": tensors.path.stat().st_size,
+            "weights": tensors.wrapped,
+            "zoo": entry.name if entry else None,
+            "dtype": dtype,
+        },
+        "wrapping": wrapping,
+    }
+    with _Progress(len(plan.fills) + len(plan.carried)) as progress:
+        params = _lazy_params(plan, tensors, target, to_dtype, progress)
+        carried = progress.count((name, tensors[name]) for name in plan.carried)
+        model_directory.write(directory, info, params, carried)
+    return Imported(model_directory.read_info(directory), count, plan)
+
+
+def export_file(directory: str | os.PathLike, output: str | os.PathLike) -> int:
+    """Writes the file that the original PyTorch code loads, and returns its number of tensors.
+
+    Args:
+      directory: a model directory, imported or trained here, or zoo:NAME.
+      output: a .pt, .pth or .th file; it appears, or replaces the one before, only when complete.
+    """
+    output = Path(output)
+    if output.suffix not in TORCH_SUFFIXES or output.is_dir():
+        raise UserError(f"{output} is not the name of a {', '.join(TORCH_SUFFIXES)} file")
+    info = model_directory.read_info(directory)
+    kind, convert, wrapped = choose("family", info["family"], FAMILIES)
+    hparams = {name: _tuples(value) for name, value in info["hparams"].items()}
+    target = _target(kind, info["family"], hparams)
+    params = model_directory.open_params(directory)
+    carried = model_directory.load_carried(directory)
+    try:
+        table = convert.table(hparams, **info.get("wrapping", {}))
+        tensors = export_tensors(table, params, carried, hparams, target)
+    except UserError as e:
+        raise UserError(f"{directory} cannot be written as a PyTorch file; {e}") from None
+    stored = [(x.dtype.itemsize, x.shape) for x in jax.tree.leaves(params)]
+    size = sum(itemsize * math.prod(shape) for itemsize, shape in stored)
+    check_space(output.parent, size + sum(x.nbytes for x in carried.values()))
+    with _Progress(None) as progress:
+        return write_torch(output, progress.count(tensors), wrapped)
+
+
+def _recognise(tensors: Tensors, model: str | None) -> tuple[str, dict[str, Any], str]:
+    """Returns family, settings, and the words that begin an error about the tensors."""
+    path, shapes = tensors.path, tensors.shapes
+    entry = zoo.get(model) if model else None
+    found = ((name, family.convert.recognise(shapes)) for name, family in FAMILIES.items())
+    family, hparams = next(((name, h) for name, h in found if h is not None), (None, None))
+    if family is None or hparams is None:
+        if entry is None:
+            names = ", ".join(list(shapes)[:3])
+            raise UserError(
+                f"{path} is not recognised: bitgen reads files of {sorted(FAMILIES)}, and this one "
+                f"has {len(shapes)} tensors, {names} ...; --model=NAME tells what it lacks"
+            )
+        return entry.family, zoo.settings(entry), f"{path} is not recognised as {entry.name}"
+    words = f"{path}: this looks like a {family} checkpoint: {zoo.describe(family, hparams)}"
+    if entry is None:
+        return family, hparams, words
+    if entry.family != family:
+        raise UserError(f"{words}; {entry.name} is a {entry.family}")
+    return family, zoo.settings(entry), f"{words}; for {entry.name}"
+
+
+def _target(kind: str, family: str, hparams: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the shapes of a model's parameters; raises UserError if the settings make none."""
+    try:
+        return build.param_shapes(build.make_module(kind, family, dict(hparams)))
+    except (ValueError, TypeError, ZeroDivisionError, FlaxError) as e:
+        reason = str(e).split("\n")[0]
+        raise UserError(f"its sizes make no model ({reason}): {dict(hparams)}") from None
+
+
+def _defaults(kind: str, family: str) -> dict[str, Any]:
+    fields = build.fields_of(kind, family)
+    return {name: value for name, value in fields.items() if name not in build.RUN_FIELDS}
+
+
+def _lazy_params(
+    plan: Plan, tensors: Tensors, target: Mapping, dtype: np.dtype, progress: "_Progress"
+) -> dict[str, Any]:
+    """Returns our nested parameters, each to be read from the file when it is asked for."""
+
+    def lazy(path: str, shape: Shape) -> LazyArray:
+        fills = [fill for fill in plan.fills if fill.path == path]
+
+        def make() -> np.ndarray:
+            array = np.empty(shape, dtype)
+            for fill, value in read_slices(dataclasses.replace(plan, fills=fills), tensors, dtype):
+                array[... if fill.index is None else fill.index] = value
+                progress.add(value.nbytes)
+            return array
+
+        return LazyArray(shape, dtype, make)
+
+    flat = flatten_dict(target, sep="/")
+    return unflatten_dict({path: lazy(path, leaf.shape) for path, leaf in flat.items()}, sep="/")
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+class _Progress:
+    """A line on the terminal, if there is one: tensors and speed."""
+
+    def __init__(self, total: int | None):
+        self.total = f" of {total}" if total else ""
+        self.started = self.shown = time.monotonic()
+        self.tensors = self.bytes = 0
+
+    def add(self, size: int) -> None:
+        self.tensors, self.bytes = self.tensors + 1, self.bytes + size
+        now = time.monotonic()
+        if sys.stderr.isatty() and now - self.shown > 0.2:
+            speed = self.bytes / 1e6 / (now - self.started)
+            line = f"\rtensor {self.tensors}{self.total}, {speed:.0f} MB/s"
+            print(line, end="\033[K", file=sys.stderr, flush=True)
+            self.shown = now
+
+    def count(self, named: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+        for name, value in named:
+            self.add(value.nbytes)
+            yield name, value
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if sys.stderr.isatty():
+            print(end="\r\033[K", file=sys.stderr, flush=True)

@@ -1,0 +1,350 @@
+"""Mode `edit`: BiGR's zero-shot applications on the user's own picture.
+
+Inpaint, outpaint, class-conditional edit, class interpolation and enrichment (Hao et al.,
+arXiv 2410.14672). Unlike the reference, exactly the masked tokens are drawn, on the schedule of
+their own number, and a known token never changes.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, UInt8
+from PIL import Image
+
+from bitgen import __version__, model_directory
+from bitgen.data import pictures
+from bitgen.data.images import center_crop, write_png
+from bitgen.errors import UserError, choose
+from bitgen.generators.bigr import BiGR
+from bitgen.labels import class_names_of, parse_labels
+from bitgen.logging import say
+from bitgen.mesh import make_mesh, replicated
+from bitgen.model_directory import Model
+from bitgen.samplers import edits
+from bitgen.samplers.masked import MaskedPlan
+
+Cell = tuple[str, UInt8[np.ndarray, "S S 3"]]
+_IN_A_ROW = 9  # pictures of the sheet
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What a kind of edit reads of `config.edit`, and the settings of BiGR's script for it."""
+
+    needs: tuple[str, ...]
+    takes: tuple[str, ...] = ()  # beyond those
+    variants: int = 8
+    iterations: int = 25
+    guidance: float = 2.5
+    order: str = "linear"
+
+
+KINDS = {
+    "inpaint": Kind(("image", "area"), ("label", "blend")),
+    "outpaint": Kind(("image", "area"), ("label", "blend")),
+    "edit": Kind(("image", "area", "label"), ("blend",)),
+    "interpolate": Kind(("labels",), variants=1, iterations=20, order="cosine"),
+    "enrich": Kind(("image",), ("label",), variants=1, iterations=20, guidance=10.0),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The user's picture and the area marked on it, where the kind has them."""
+
+    picture: Image.Image | None = None
+    area: Bool[np.ndarray, "H W"] | None = None
+
+
+def run(config: Any, workdir: Path) -> None:
+    """Writes `edit_00.png` and on, `edit.png` with all of them, and `edit.json` below the workdir.
+
+    With `config.edit.blend` also `blended_00.png` and on, in the size of the user's picture. The
+    generator is `config.generator`, or the one that was trained in the workdir. Raises UserError
+    for settings that do not go together, files that cannot be read, an area that marks no token or
+    all of them, labels out of range, and models that cannot do it.
+    """
+    # ---- What was asked for, checked before anything large is loaded ----
+    settings = config.edit
+    kind = choose("kind of edit", settings.kind, KINDS)
+    check_settings(settings, kind)
+    source = read_source(settings, kind)
+
+    # ---- Models ----
+    mesh = make_mesh(**config.mesh)
+    path = config.generator or workdir / "model"
+    generator = model_directory.load(path, "generator", replicated(mesh))
+    tokenizer = model_directory.load(config.tokenizer, "tokenizer", replicated(mesh))
+    if not isinstance(generator.module, BiGR):
+        raise UserError(f"edit needs a bigr generator, {path} is a {generator.info['family']}")
+    model_directory.check_fit(generator, tokenizer)
+
+    # ---- What to draw ----
+    labels = read_labels(settings, generator)
+    size, mask = tokenizer.module.image_size, None
+    if source.area is not None:
+        mask = token_mask(settings.kind, source.area, size, generator.module.grid)
+    known, inputs = look(settings, source, tokenizer, mesh)
+    if mask is not None:
+        inputs.insert(1, ("redrawn", _picture_of(mask, size)))
+    work, names = prepare(config, generator, labels, known, mask)
+    if settings.guidance > 1 and not labels:
+        say("no class is given, so there is nothing to guide towards: guidance is off")
+    plan = plan_of(config, guided=bool(labels))
+
+    # ---- Drawing ----
+    _, images = edits.draw(
+        (generator.module, generator.params),
+        (tokenizer.module, tokenizer.params),
+        work,
+        plan,
+        mesh,
+        seed=config.seed,
+        batch_size=settings.batch_size,
+    )
+    images = images.reshape(-1, *images.shape[2:])
+    blended = [blend_view(settings.kind, source, image) for image in images if settings.blend]
+
+    # ---- Results ----
+    report = {
+        "bitgen": __version__,
+        "edit": settings.to_dict(),
+        "classes": labels,
+        "seed": config.seed,
+        "plan": dataclasses.asdict(plan),
+        "generator": _identity(generator),
+        "tokenizer": _identity(tokenizer),
+        "tokens": int(np.prod(generator.module.grid)),
+        "tokens_drawn": sum(int(mask.sum()) for masks in work.rounds for mask in masks),
+        "passes": [int(mask.sum()) for masks in work.rounds for mask in masks],
+        "images": names,
+    }
+    if jax.process_index() == 0:
+        write(workdir, inputs, images, blended, report)
+    counts = f"{report['tokens_drawn']} tokens drawn a variant, the grid has {report['tokens']}"
+    say(f"wrote {workdir / 'edit.png'}: {len(images)} images, {counts}")
+
+
+def check_settings(settings: Any, kind: Kind) -> None:
+    """Raises UserError for what `config.edit` lacks, has too much, or has out of range."""
+    given = {
+        "image": settings.image,
+        "area": settings.mask or settings.box,
+        "label": settings.label,
+        "labels": settings.labels,
+        "blend": settings.blend,
+    }
+    spelled = {name: f"config.edit.{name}" for name in given}
+    spelled["area"] = "config.edit.mask or config.edit.box"
+    for name, value in given.items():
+        if name in kind.needs and not value:
+            raise UserError(f"{settings.kind} needs {spelled[name]}")
+        if value and name not in kind.needs + kind.takes:
+            raise UserError(f"{settings.kind} does not use {spelled[name]}: leave it out")
+    if settings.mask and settings.box:
+        raise UserError("give config.edit.mask or config.edit.box, not both")
+    least = {"variants": 0, "iterations": 0, "guidance": 0, "gumbel": 0, "steps": 0}
+    for name, low in {**least, "rounds": 1, "batch_size": 1, "downsample": 2}.items():
+        if settings[name] < low:
+            raise UserError(f"config.edit.{name} must be {low} or more, got {settings[name]}")
+    if settings.steps == 1:
+        raise UserError("config.edit.steps must be 2 or more, or 0 for the steps of BiGR")
+    if settings.blend:
+        pictures.require_opencv()
+
+
+def read_source(settings: Any, kind: Kind) -> Source:
+    """Returns the picture, and the area that the mask or the box marks on it.
+
+    Raises UserError if a file cannot be read, the mask has another size than the picture, the box
+    is not inside of it, or nothing is marked.
+    """
+    if "image" not in kind.needs:
+        return Source()
+    picture = pictures.read_picture(settings.image)
+    if "area" not in kind.needs:
+        return Source(picture)
+    if settings.mask:
+        area = pictures.read_area(settings.mask, picture)
+    else:
+        area = pictures.box_area(settings.box, picture)
+    if not area.any():
+        raise UserError(f"the mask {settings.mask} marks nothing: paint the area white")
+    return Source(picture, area)
+
+
+def look(
+    settings: Any, source: Source, tokenizer: Model, mesh: Any
+) -> tuple[Bool[np.ndarray, "h w k"], list[Cell]]:
+    """Returns the bits to start from, and pictures of what the model sees."""
+    module = tokenizer.module
+    if source.picture is None:
+        return np.zeros((*module.grid, module.bits), bool), []
+    cells = [("original", center_crop(source.picture, module.image_size))]
+    if settings.kind == "enrich":
+        rate = settings.downsample
+        view = pictures.reduced_view(source.picture, module.image_size, rate)
+        cells.append((f"1/{rate} resolution", view))
+    bits, decoded = edits.encode_view(module, tokenizer.params, cells[-1][1], mesh)
+    return bits, [*cells, ("reconstruction", decoded)]
+
+
+def read_labels(settings: Any, generator: Model) -> list[int]:
+    """Returns the classes of `config.edit.label` or `labels`; none stands for the null class.
+
+    Raises UserError for one that the generator does not have, or another number of them.
+    """
+    name, count = ("labels", 2) if settings.kind == "interpolate" else ("label", 1)
+    if not settings[name]:
+        return []
+    names = class_names_of(generator.info)
+    module: Any = generator.module
+    labels = parse_labels(settings[name], module.num_classes, names).tolist()
+    if len(labels) != count:
+        raise UserError(
+            f"config.edit.{name} takes {count} of the model's classes, got {settings[name]!r}"
+        )
+    return labels
+
+
+def prepare(
+    config: Any,
+    generator: Model,
+    labels: list[int],
+    known: Bool[np.ndarray, "h w k"],
+    mask: Any,
+) -> tuple[edits.Work, list[dict[str, Any]]]:
+    """Returns what to draw, and for each picture that comes out its file name and what it is.
+
+    `mask` [h, w] are the tokens to draw, for the kinds that take an area.
+    """
+    settings = config.edit
+    module: Any = generator.module
+    details: list[dict[str, Any]] = [{}]  # of the pictures of one variant
+    if settings.kind == "interpolate":
+        ratios = edits.mixing_ratios(settings.steps)
+        first, second = labels
+        classes = edits.mix_classes(module, generator.params, first, second, ratios)
+        details = [{"ratio": round(float(ratio), 4)} for ratio in ratios]
+        rounds = [[np.ones(module.grid, bool)]]
+    else:
+        null = module.num_classes
+        classes = module.apply(
+            {"params": generator.params}, jnp.array(labels or [null]), method="embed_labels"
+        )
+        rounds = [[mask]]
+    if settings.kind == "enrich":
+        # One order of the blocks for all variants, another in each round.
+        rngs = [np.random.default_rng([config.seed, i]) for i in range(settings.rounds)]
+        rounds = [edits.block_masks(module.grid, settings.downsample, rng) for rng in rngs]
+        details = [{"round": i + 1} for i in range(settings.rounds)]
+    variants = settings.variants or KINDS[settings.kind].variants
+    names: list[dict[str, Any]] = [
+        {"variant": i, **detail} for i in range(variants) for detail in details
+    ]
+    work = edits.Work(
+        classes=jnp.tile(classes, (variants, 1)),
+        # All mixtures of one variant share its key.
+        indices=np.repeat(np.arange(variants), len(classes)),
+        known=known,
+        rounds=rounds,
+    )
+    for i, name in enumerate(names):
+        name["file"] = f"edit_{i:02d}.png"
+        if settings.blend:
+            name["blended"] = f"blended_{i:02d}.png"
+    return work, names
+
+
+def token_mask(
+    kind: str, area: Bool[np.ndarray, "H W"], size: int, grid: tuple[int, int]
+) -> Bool[np.ndarray, "h w"]:
+    """Returns the tokens to draw for an area of the picture that is cropped to `size` x `size`.
+
+    Those in the area, or for outpainting all others. Raises UserError if that is none or all.
+    """
+    marked = edits.cells_of(pictures.crop_area(area, size), grid)
+    cells = f"{grid[0]}x{grid[1]} tokens of the centre crop"
+    if not marked.any():
+        raise UserError(f"the marked area holds none of the {cells}: make it larger, or move it")
+    if marked.all():
+        nothing = "nothing is left to draw" if kind == "outpaint" else "nothing is left to keep"
+        raise UserError(f"the marked area holds all {cells}: {nothing}; make it smaller")
+    return ~marked if kind == "outpaint" else marked
+
+
+def plan_of(config: Any, guided: bool) -> MaskedPlan:
+    """Returns the sampler's settings: `config.edit` or else its kind's, and `config.sampler`."""
+    settings, kind = config.edit, KINDS[config.edit.kind]
+    fields = {
+        **config.sampler,
+        "iterations": settings.iterations or kind.iterations,
+        # Guided away from itself the null class goes nowhere, at twice the price.
+        "guidance": (settings.guidance or kind.guidance) if guided else 1.0,
+        "order": settings.order or kind.order,
+        "gumbel": settings.gumbel,
+    }
+    return MaskedPlan(**fields)
+
+
+def blend_view(
+    kind: str, source: Source, view: UInt8[np.ndarray, "S S 3"]
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Returns the user's whole picture with what was drawn blended into it.
+
+    As in BiGR's script the drawn area is blended into the original, and when outpainting the kept
+    area into what was drawn.
+    """
+    assert source.picture is not None
+    assert source.area is not None
+    left, top, side = square = pictures.crop_square(source.picture, len(view))
+    seen = np.zeros_like(source.area)
+    seen[top : top + side, left : left + side] = True
+    original = np.asarray(source.picture)
+    drawn = pictures.paste_crop(source.picture, square, view)
+    pair = (drawn, original) if kind == "outpaint" else (original, drawn)
+    return pictures.blend(*pair, source.area & seen)
+
+
+def write(
+    workdir: Path,
+    inputs: list[Cell],
+    images: UInt8[np.ndarray, "i S S 3"],
+    blended: list[UInt8[np.ndarray, "H W 3"]],
+    report: dict[str, Any],
+) -> None:
+    """Writes all files in place of an earlier edit's; `edit.json` is the last."""
+    (workdir / "edit.json").unlink(missing_ok=True)
+    for name in ("edit_[0-9]*.png", "blended_[0-9]*.png"):
+        for old in workdir.glob(name):
+            old.unlink()
+    cells, blends = [], []
+    for image, name in zip(images, report["images"], strict=True):
+        write_png(workdir / name["file"], image)
+        detail = [f"{key} {value:g}" for key, value in name.items() if key in ("ratio", "round")]
+        cells.append((", ".join([f"variant {name['variant']}", *detail]), image))
+    for image, name in zip(blended, report["images"] if blended else [], strict=True):
+        write_png(workdir / name["blended"], image)
+        view = center_crop(Image.fromarray(image), images.shape[1])
+        blends.append((f"blended {name['variant']}", view))
+    # A variant of several rounds is a row; of a long interpolation several.
+    columns = report["edit"]["rounds"] if report["edit"]["kind"] == "enrich" else _IN_A_ROW
+    rows = [inputs] if inputs else []
+    for part in (cells, blends):
+        rows += [part[i : i + columns] for i in range(0, len(part), columns)]
+    write_png(workdir / "edit.png", pictures.sheet(rows))
+    (workdir / "edit.json").write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _picture_of(mask: Bool[np.ndarray, "h w"], size: int) -> UInt8[np.ndarray, "S S 3"]:
+    image = Image.fromarray(mask.astype(np.uint8) * 255).convert("RGB")
+    return np.asarray(image.resize((size, size), Image.Resampling.NEAREST))
+
+
+def _identity(model: Model) -> dict[str, Any]:
+    return {"path": model.path, **{name: model.info.get(name) for name in ("family", "digest")}}
