@@ -24,7 +24,9 @@ RUN_FIELDS = ("dtype", "remat", "attention")
 def fields_of(kind: str, family: str) -> dict[str, Any]:
     """Returns the fields of a family's module with their defaults."""
     cls = choose(kind, family, FAMILIES[kind])
-    fields = {f.name: f.default for f in dataclasses.fields(cls) if f.name not in ("parent", "name")}
+    fields = {
+        f.name: f.default for f in dataclasses.fields(cls) if f.name not in ("parent", "name")
+    }
     return {**fields, "dtype": "float32"}
 
 
@@ -36,7 +38,7 @@ def model_config(kind: str, family: str, **fields: Any) -> ConfigDict:
     return ConfigDict({"family": family, **defaults, **fields}, convert_dict=False)
 
 
-def make_module(kind: str, family: str, fields: dict[str, Any]) -> nn.Module:
+def make_module(kind: str, family: str, fields: dict[str, Any]) -> Any:
     """Returns the module of a family with these fields, lists turned into tuples."""
     defaults = fields_of(kind, family)
     values = {}
@@ -54,7 +56,7 @@ def make_module(kind: str, family: str, fields: dict[str, Any]) -> nn.Module:
     return module
 
 
-def module_from_config(kind: str, config: Any) -> tuple[nn.Module, dict[str, Any]]:
+def module_from_config(kind: str, config: Any) -> tuple[Any, dict[str, Any]]:
     """Returns the module that `config.model` describes, and the description for model.json."""
     fields = config.to_dict()
     family = fields.pop("family")
@@ -63,7 +65,7 @@ def module_from_config(kind: str, config: Any) -> tuple[nn.Module, dict[str, Any
     return make_module(kind, family, fields), info
 
 
-def init_params(module: nn.Module, key: jax.Array) -> dict[str, Any]:
+def init_params(module: Any, key: jax.Array) -> Any:
     """Returns fresh parameters; jit-able."""
     params_key, other_key = jax.random.split(key)
     if isinstance(module, tuple(GENERATORS.values())):
@@ -77,6 +79,6 @@ def init_params(module: nn.Module, key: jax.Array) -> dict[str, Any]:
     return module.init(rngs, images, train=True)["params"]
 
 
-def param_shapes(module: nn.Module) -> dict[str, Any]:
+def param_shapes(module: Any) -> Any:
     """Returns the shapes and dtypes of a module's parameters, computing nothing."""
     return jax.eval_shape(lambda: init_params(module, jax.random.key(0)))

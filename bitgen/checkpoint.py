@@ -42,11 +42,12 @@ class Checkpoints:
         """Opens `workdir/checkpoints`; raises UserError if it holds a run of another config."""
         self.directory = Path(workdir).absolute() / "checkpoints"
         self.config = config
+        handlers: Any = {"state": _handler(), "data": grain.checkpoint.CheckpointHandler()}
         self.manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(max_to_keep=keep),
             item_names=("state", "data", "config"),
-            item_handlers={"data": grain.checkpoint.CheckpointHandler()},
+            item_handlers=handlers,
         )
         if self.latest is not None:
             args = ocp.args.Composite(config=ocp.args.JsonRestore())
@@ -63,7 +64,7 @@ class Checkpoints:
         self.manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
+                state=ocp.args.PyTreeSave(state),
                 data=grain.checkpoint.CheckpointSave(_DataPosition(data_state)),
                 config=ocp.args.JsonSave(self.config),
             ),
@@ -72,10 +73,13 @@ class Checkpoints:
     def restore(self, state: Any) -> tuple[Any, Any]:
         """Returns the newest state, shaped and sharded like `state`, and the data position."""
         position = _DataPosition(None)
+        shapes = jax.tree.map(_abstract, state)
         restored = self.manager.restore(
             self.latest,
             args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(jax.tree.map(_abstract, state)),
+                state=ocp.args.PyTreeRestore(
+                    shapes, ocp.checkpoint_utils.construct_restore_args(shapes)
+                ),
                 data=grain.checkpoint.CheckpointRestore(position),
             ),
         )
@@ -107,6 +111,13 @@ class _DataPosition:
 
     def start_prefetch(self) -> None:
         pass
+
+
+def _handler() -> ocp.PyTreeCheckpointHandler:
+    """Saves a small replicated array from one device: slices of it from each cost more."""
+    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=1 << 20)
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
 def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:

@@ -1,6 +1,6 @@
 """The one error that a user sees as a single line, without a traceback."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -8,8 +8,8 @@ class UserError(Exception):
     """Bad input: the message says what was wrong and what to do, in one line."""
 
 
-def choose(kind: str, name: str, choices: Collection[str]) -> Any:
-    """Returns `choices[name]` (of a dict); raises UserError that names the choices if it is none."""
+def choose(kind: str, name: str, choices: Any) -> Any:
+    """Returns `choices[name]` of a dict; raises UserError with the choices if it is none."""
     if name not in choices:
         raise UserError(f"unknown {kind} {name!r}, have {sorted(choices)}")
     return choices[name] if isinstance(choices, Mapping) else name

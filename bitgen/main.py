@@ -1,4 +1,4 @@
-"""The one entry: python -m bitgen.main --config=FILE --workdir=DIR [--mode=MODE] [--config.KEY=VALUE]
+"""python -m bitgen.main --config=FILE --workdir=DIR [--mode=MODE] [--config.KEY=VALUE ...].
 
 FILE is one of configs/, maybe with a size behind a colon (configs/bigr.py:XL), or your own. Every
 setting of it can be changed: bitgen/config.py lists and explains them.

@@ -20,7 +20,6 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from flax import linen as nn
 
 from bitgen import __version__, build, streaming
 from bitgen.errors import UserError
@@ -33,7 +32,7 @@ FORMAT = 1
 class Model:
     """A loaded model directory."""
 
-    module: nn.Module
+    module: Any  # of flax.linen
     params: dict[str, Any]
     info: dict[str, Any]  # model.json: format, kind, family, hparams, origin, digest
     path: str
@@ -66,6 +65,8 @@ def write(
         if any(isinstance(leaf, LazyArray) for leaf in jax.tree.leaves(params)):
             hashed = streaming.save(temporary / "params", params)
         else:
+            if jax.process_count() == 1:  # Orbax would slice what several devices hold whole
+                params = jax.device_get(params)
             with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
                 checkpointer.save(temporary / "params", args=ocp.args.StandardSave(params))
             hashed = digest(params) if primary else ""

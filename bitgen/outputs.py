@@ -52,7 +52,8 @@ class _Grid:
     def __init__(self, path: Path, count: int, columns: int):
         if count > _GRID_LIMIT:
             raise UserError(
-                f"{count} images do not fit a grid; set config.sample.output to NAME.npz or a folder"
+                f"{count} images do not fit a grid; set config.sample.output to NAME.npz or "
+                "a folder"
             )
         self.path, self.columns, self.images, self.next_index = path, columns, [], 0
 
@@ -93,7 +94,9 @@ class _Npz:
         self.path, self.labels = path, labels
         self.part = path.with_name(path.name + ".part")
         if path.exists():
-            raise UserError(f"{path} is there already: delete it or set another config.sample.output")
+            raise UserError(
+                f"{path} is there already: delete it or set another config.sample.output"
+            )
         _same_settings(self.part, settings)
         chunk = 0
         while self._chunk(chunk).exists():

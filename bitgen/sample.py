@@ -21,9 +21,9 @@ from bitgen.samplers.masked import MaskedPlan
 def run(config: Any, workdir: Path) -> None:
     """Writes `config.sample.output` below the workdir; a folder or npz goes on where it stopped.
 
-    The generator is `config.generator`, or the one that was trained in the workdir. An image depends
-    on its index, label, seed and sampler settings, not on batch size or devices. Raises UserError for
-    a label out of range, or a generator and tokenizer that do not fit.
+    The generator is `config.generator`, or the one that was trained in the workdir. An image
+    depends on its index, label, seed and sampler settings, not on batch size or devices. Raises
+    UserError for a label out of range, or a generator and tokenizer that do not fit.
     """
     if jax.process_count() > 1:
         raise UserError("sample runs in one process: start it on one host")

@@ -1,4 +1,4 @@
-"""Parameters to and from disk one array at a time, for models that memory does not hold twice.
+"""Parameters to and from disk a few at a time, for models that memory does not hold whole.
 
 On disk they are the Orbax checkpoints that `model_directory` saves and restores whole.
 """
@@ -6,13 +6,15 @@ On disk they are the Orbax checkpoints that `model_directory` saves and restores
 import asyncio
 import dataclasses
 import hashlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 _CHUNK = 64 << 20  # bytes that are compressed, and read back, together
 
@@ -57,16 +59,32 @@ def save(directory: Path, params: Any) -> str:
 
 
 class _LazyHandler(ocp.type_handlers.NumpyHandler):
-    """Writes LazyArrays as Orbax writes numpy arrays, each made when the last is on disk."""
+    """Writes LazyArrays as Orbax writes numpy arrays, made when those before are on disk."""
 
     async def serialize(self, values, infos, args=None):
+        args = args or [ocp.SaveArgs() for _ in values]
+        sizes = [math.prod(value.shape) * value.dtype.itemsize for value in values]
         # In the order of the tree, which the digest relies on.
-        for value, info, arg in zip(values, infos, args or [None] * len(values), strict=True):
-            array = value.make()
-            for commit in await super().serialize([array], [info], [arg or ocp.SaveArgs()]):
+        for group in _groups(sizes):
+            arrays = [values[i].make() for i in group]
+            chosen = [infos[i] for i in group], [args[i] for i in group]
+            for commit in await super().serialize(arrays, *chosen):
                 await asyncio.to_thread(commit.result)
-            del array
+            del arrays
         return []
+
+
+def _groups(sizes: Sequence[int]) -> Iterator[list[int]]:
+    """Yields runs of indices: of one array, or of small ones that are quicker done together."""
+    group, total = [], 0
+    for i, size in enumerate(sizes):
+        if group and total + size > _CHUNK:
+            yield group
+            group, total = [], 0
+        group.append(i)
+        total += size
+    if group:
+        yield group
 
 
 def open_arrays(directory: Path) -> dict[str, Any]:
@@ -75,13 +93,16 @@ def open_arrays(directory: Path) -> dict[str, Any]:
         found = checkpointer.metadata(directory).item_metadata
     if found is None:
         raise FileNotFoundError(f"no parameters in {directory}")
-    reader = _Reader(directory)
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: StoredArray(
-            reader, tuple(key.key for key in path), tuple(leaf.shape), np.dtype(leaf.dtype)
-        ),
-        found.tree,
-    )
+    reader, arrays, sizes = _Reader(directory), [], []
+    paths, structure = jax.tree_util.tree_flatten_with_path(found.tree)
+    for path, leaf in paths:
+        shape, dtype = tuple(leaf.shape), np.dtype(leaf.dtype)
+        arrays.append(StoredArray(reader, tuple(key.key for key in path), shape, dtype))
+        sizes.append(math.prod(shape) * dtype.itemsize)
+    for group in _groups(sizes):
+        for i in group:
+            reader.groups[arrays[i].keys] = [arrays[j].keys for j in group]
+    return jax.tree.unflatten(structure, arrays)
 
 
 class StoredArray:
@@ -106,26 +127,26 @@ class StoredArray:
 
 
 class _Reader:
-    """Reads single arrays; keeps the last one, whose slices are asked for together."""
+    """Reads arrays in groups; keeps the last group, since all of it is asked for together."""
 
     def __init__(self, directory: Path):
         self.directory = directory
-        self.keys, self.array = None, None
+        self.groups: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+        self.arrays: dict[tuple[str, ...], np.ndarray] = {}
 
     def read(self, keys: tuple[str, ...]) -> np.ndarray:
-        if keys != self.keys:
-            self.keys = self.array = None  # let go of one before the next
-            item, how = 0, ocp.RestoreArgs(restore_type=np.ndarray)
-            for key in reversed(keys):
-                item, how = {key: item}, {key: how}
-            args = ocp.args.PyTreeRestore(item, restore_args=how, partial_restore=True)
+        if keys not in self.arrays:
+            self.arrays = {}  # let go of one group before the next
+            wanted = self.groups[keys]
+            how = ocp.RestoreArgs(restore_type=np.ndarray)
+            args = ocp.args.PyTreeRestore(
+                unflatten_dict(dict.fromkeys(wanted, 0)),
+                restore_args=unflatten_dict(dict.fromkeys(wanted, how)),
+                partial_restore=True,
+            )
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-                found: Any = checkpointer.restore(self.directory, args=args)
-            for key in keys:
-                found = found[key]
-            self.keys, self.array = keys, found
-        assert self.array is not None
-        return self.array
+                self.arrays = flatten_dict(checkpointer.restore(self.directory, args=args))
+        return self.arrays[keys]
 
 
 class Digest:

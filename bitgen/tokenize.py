@@ -51,9 +51,7 @@ def run(config: Any, workdir: Path) -> None:
         return jnp.stack([pack_bits(b) for b in bits], axis=1)
 
     program = jax.jit(
-        jax.shard_map(
-            encode, mesh=mesh, in_specs=(P(), BATCH), out_specs=BATCH, check_vma=False
-        )
+        jax.shard_map(encode, mesh=mesh, in_specs=(P(), BATCH), out_specs=BATCH, check_vma=False)
     )
     if writer.next_index:
         say(f"{workdir / 'bits'} goes on at image {writer.next_index} of {total}")

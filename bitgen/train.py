@@ -178,7 +178,9 @@ def _finite(metrics: list[dict[str, Any]], step: int, workdir: Path, saved: int)
     for i, m in enumerate(metrics):
         if not np.isfinite(m["loss"]):
             bad = step - len(metrics) + 1 + i
-            kept = f"{workdir} keeps the checkpoint of step {saved}" if saved else "nothing is saved"
+            kept = (
+                f"{workdir} keeps the checkpoint of step {saved}" if saved else "nothing is saved"
+            )
             raise UserError(
                 f"the loss is {m['loss']} at step {bad}; {kept}; "
                 "lower config.optim.lr, set config.optim.clip, or use float32"
@@ -203,8 +205,8 @@ def _check(config: Any, mesh: Any) -> None:
 def _check_classes(config: Any, batches: Any) -> None:
     if config.train.task == "generator" and batches.num_classes > config.model.num_classes:
         raise UserError(
-            f"the data has {batches.num_classes} classes, the generator {config.model.num_classes}; "
-            f"set --config.model.num_classes={batches.num_classes}"
+            f"the data has {batches.num_classes} classes, the generator "
+            f"{config.model.num_classes}; set --config.model.num_classes={batches.num_classes}"
         )
 
 

@@ -330,8 +330,9 @@ def _file(entry: Entry) -> Path:
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
+        install = "pip install 'bitgen[convert]'"
         raise UserError(
-            f"{entry.name} needs huggingface_hub to be downloaded; or {help_}"
+            f"downloading {entry.name} needs huggingface_hub: {install}, or {help_}"
         ) from None
     try:
         # Into the hub's own cache: what another program fetched is found, what broke off resumes.

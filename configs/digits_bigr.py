@@ -1,6 +1,6 @@
 """A small BiGR on the digits' bits.
 
-    python -m bitgen.main --config=configs/digits_bigr.py --workdir=runs/digits/bigr
+python -m bitgen.main --config=configs/digits_bigr.py --workdir=runs/digits/bigr
 """
 
 from bitgen import config

@@ -1,6 +1,6 @@
 """A small binary autoencoder on scikit-learn's digits: 32x32 images to a 4x4 grid of 24 bits.
 
-    python -m bitgen.main --config=configs/digits_tokenizer.py --workdir=runs/digits/tokenizer
+python -m bitgen.main --config=configs/digits_tokenizer.py --workdir=runs/digits/tokenizer
 """
 
 from bitgen import config

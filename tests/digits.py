@@ -6,6 +6,7 @@ the real digits of the training split, brought to the same 8x8 pixels.
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -24,7 +25,7 @@ def pixels(images: np.ndarray) -> np.ndarray:
 
 def split(name: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns the real digits of a split and their labels."""
-    settings = data.default_config()
+    settings: Any = data.default_config()
     settings.image_size, settings.split = SIZE, name
     batches = list(data.make_batches(settings, batch_size=100, seed=0, training=False))
     images = np.concatenate([batch["image"] for batch in batches])

@@ -1,8 +1,8 @@
-"""Runs one golden: `python tests/parity.py PATH/NAME.json` compares us with the reference's arrays.
+"""Runs one golden, the reference's inputs and outputs: `python tests/parity.py PATH/NAME.json`.
 
-Prints the largest error of each array and exits 1 if one is beyond tolerance: atol = rtol = 2e-4, or
-2e-3 for `*_full`; Monte-Carlo statistics in standard errors. The weights are made from the tensors'
-names (`synthetic.py`) and loaded through the conversion tables.
+Prints the largest error of each array and exits 1 if one is beyond tolerance: atol = rtol = 2e-4,
+or 2e-3 for `*_full`; Monte-Carlo statistics in standard errors. The weights are made from the
+tensors' names (`synthetic.py`) and loaded through the conversion tables.
 """
 
 import json
@@ -22,7 +22,7 @@ from bitgen.convert import bigr, binary_ae, patchgan
 from bitgen.convert.rules import import_tensors
 from bitgen.heads.bernoulli import BernoulliHead, chain_times, marginal
 from bitgen.losses.adversarial import PatchDiscriminator
-from bitgen.losses.lpips import params_from_tensors, lpips_distance
+from bitgen.losses.lpips import lpips_distance, params_from_tensors
 from bitgen.samplers.images import image_keys
 from bitgen.samplers.masked import MaskedPlan, sample_bits
 

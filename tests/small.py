@@ -1,6 +1,6 @@
 """Settings small enough to train in seconds, for tests of everything around the models."""
 
-from ml_collections import ConfigDict
+from typing import Any
 
 from bitgen import config
 
@@ -27,7 +27,7 @@ GENERATOR = {
 }
 
 
-def _common(c: ConfigDict) -> ConfigDict:
+def _common(c: Any) -> Any:
     c.data.image_size = 8
     c.data.threads = 2
     c.train.steps = 6
@@ -42,7 +42,7 @@ def _common(c: ConfigDict) -> ConfigDict:
     return c
 
 
-def tokenizer() -> ConfigDict:
+def tokenizer() -> Any:
     """Settings of a tokenizer on 8x8 digits."""
     c = _common(config.tokenizer("binary_ae", **TOKENIZER))
     c.loss.perceptual_weight = 0.0
@@ -50,7 +50,7 @@ def tokenizer() -> ConfigDict:
     return c
 
 
-def generator(tokenizer_directory) -> ConfigDict:
+def generator(tokenizer_directory) -> Any:
     """Settings of a generator that encodes digits as it goes."""
     c = _common(config.generator("bigr", **GENERATOR))
     c.tokenizer = str(tokenizer_directory)

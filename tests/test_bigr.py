@@ -46,7 +46,9 @@ def params():
 def draw(params, labels, indices, plan=PLAN, **options):
     keys = image_keys(7, np.asarray(indices))
     labels = jnp.asarray(labels)
-    return jax.jit(lambda p, l, k: sample_bits(SMALL, p, l, k, plan, **options))(params, labels, keys)
+    return jax.jit(lambda p, c, k: sample_bits(SMALL, p, c, k, plan, **options))(
+        params, labels, keys
+    )
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 16, 256])
@@ -71,7 +73,9 @@ def test_each_iteration_draws_its_count_and_keeps_the_rest(params):
         new, left = iteration(SMALL, params, classes, keys, PLAN, window, (bits, mask), x)
         np.testing.assert_array_equal((mask & ~left).sum(1), count)
         assert not (left & ~mask).any()
-        np.testing.assert_array_equal(np.asarray(new)[~np.asarray(mask)], np.asarray(bits)[~np.asarray(mask)])
+        np.testing.assert_array_equal(
+            np.asarray(new)[~np.asarray(mask)], np.asarray(bits)[~np.asarray(mask)]
+        )
         bits, mask = new, left
     assert not mask.any()
 
@@ -80,7 +84,9 @@ def test_known_tokens_never_change_and_only_masked_ones_are_drawn(params):
     known = jax.random.bernoulli(jax.random.key(1), 0.5, (4, 4, 4, 6))
     mask = jnp.zeros((4, 16), bool).at[:, jnp.array([0, 3, 4, 9, 10])].set(True).reshape(4, 4, 4)
     new = draw(params, [0, 1, 2, 3], range(4), known=known, mask=mask, masked=5)
-    np.testing.assert_array_equal(np.asarray(new)[~np.asarray(mask)], np.asarray(known)[~np.asarray(mask)])
+    np.testing.assert_array_equal(
+        np.asarray(new)[~np.asarray(mask)], np.asarray(known)[~np.asarray(mask)]
+    )
     assert (np.asarray(new) != np.asarray(known))[np.asarray(mask)].any()
     # What was under the mask is not read.
     other = jnp.where(mask[..., None], ~known, known)
@@ -102,7 +108,7 @@ def test_an_image_does_not_depend_on_the_mesh(params):
         mesh = make_mesh(devices=jax.devices()[:devices])
         return jax.jit(
             jax.shard_map(
-                lambda p, l, k: sample_bits(SMALL, p, l, k, PLAN),
+                lambda p, c, k: sample_bits(SMALL, p, c, k, PLAN),
                 mesh=mesh,
                 in_specs=(P(), P("data"), P("data")),
                 out_specs=P("data"),
@@ -132,7 +138,9 @@ def test_unguided_sampling_runs_half_a_batch(params):
 
 
 def test_mixing_classes_starts_and_ends_at_them(params):
-    first, last = (SMALL.apply({"params": params}, jnp.full(2, c), method="embed_labels") for c in (1, 3))
+    first, last = (
+        SMALL.apply({"params": params}, jnp.full(2, c), method="embed_labels") for c in (1, 3)
+    )
     np.testing.assert_array_equal(draw(params, first, [0, 1]), draw(params, [1, 1], [0, 1]))
     np.testing.assert_array_equal(draw(params, last, [0, 1]), draw(params, [3, 3], [0, 1]))
     middle = draw(params, 0.5 * first + 0.5 * last, [0, 1])
@@ -180,7 +188,9 @@ def test_remat_changes_nothing(params):
     def gradient(module):
         def loss(p):
             rngs = {"loss": jax.random.key(0)}
-            return module.apply({"params": p}, bits, jnp.arange(2), train=False, rngs=rngs, method="loss")[0]
+            return module.apply(
+                {"params": p}, bits, jnp.arange(2), train=False, rngs=rngs, method="loss"
+            )[0]
 
         return jax.jit(jax.grad(loss))(params)
 
@@ -192,8 +202,26 @@ def test_remat_changes_nothing(params):
     ("fields", "millions"),
     [
         ({}, 336),
-        ({"width": 1280, "layers": 36, "heads": 20, "denoiser_width": 1280, "denoiser_layers": 6}, 799),
-        ({"width": 1536, "layers": 48, "heads": 24, "denoiser_width": 1536, "denoiser_layers": 8}, 1480),
+        (
+            {
+                "width": 1280,
+                "layers": 36,
+                "heads": 20,
+                "denoiser_width": 1280,
+                "denoiser_layers": 6,
+            },
+            799,
+        ),
+        (
+            {
+                "width": 1536,
+                "layers": 48,
+                "heads": 24,
+                "denoiser_width": 1536,
+                "denoiser_layers": 8,
+            },
+            1480,
+        ),
         ({"bits": 32, "grid": (32, 32), "denoiser_width": 1280, "denoiser_layers": 6}, 373),
     ],
 )

@@ -92,9 +92,15 @@ def test_last_input_is_what_makes_the_pixels(small):
     for name in module.last_layer:
         layer = layer[name]
     pixels = jax.lax.conv_general_dilated(
-        aux["last_input"], layer["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        aux["last_input"],
+        layer["kernel"],
+        (1, 1),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
-    np.testing.assert_allclose(recon, 2 * (pixels + layer["bias"].reshape(1, 1, 1, -1)) - 1, atol=1e-4)
+    np.testing.assert_allclose(
+        recon, 2 * (pixels + layer["bias"].reshape(1, 1, 1, -1)) - 1, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,10 @@ def run(*arguments):
     [
         (["--config=configs/bigr.py:XS"], "unknown size 'XS', have ['L', "),
         (["--config=configs/none.py"], "there is no config file configs/none.py"),
-        (["--config=configs/bigr.py", "--config.optim.lrr=1"], "unknown key in config.optim: 'lrr'"),
+        (
+            ["--config=configs/bigr.py", "--config.optim.lrr=1"],
+            "unknown key in config.optim: 'lrr'",
+        ),
         (["--config=configs/bigr.py", "--config.seed.x=1"], "config.seed is a value"),
         (["--config=configs/bigr.py", "--config.optim.lr=fast"], "could not convert"),
         (["--config=configs/bigr.py", "--mode=dance"], "unknown mode 'dance', have ['edit', "),

@@ -81,7 +81,7 @@ def test_labels_by_index_range_and_name(text, labels):
     names = imagenet_names()
     assert len(names) == 1000
     if labels is None:
-        with pytest.raises(UserError, match="cannot read|names classes 134, 517|out of range"):
+        with pytest.raises(UserError, match=r"cannot read|names classes 134, 517|out of range"):
             parse_labels(text, 1000, names)
     else:
         assert parse_labels(text, 1000, names).tolist() == labels

@@ -66,15 +66,18 @@ def test_resumed_equals_uninterrupted(kind, trained, tmp_path, monkeypatch):
         "tokenizer": small.tokenizer,
         "generator": lambda: small.generator(trained / "tokenizer" / "model"),
     }[kind]
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         stop_after(patch, 5)  # one step past the checkpoint of step 4
-        train.run(make(), tmp_path)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(make(), tmp_path)
     train.run(make(), tmp_path)
     rows, whole = metrics(tmp_path), metrics(trained / kind)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 5, 6]
     assert rows[:5] + rows[6:] == whole  # bit for bit
     assert rows[4] == rows[5]
-    ours, theirs = (model_directory.read_info(d / "model")["digest"] for d in (tmp_path, trained / kind))
+    ours, theirs = (
+        model_directory.read_info(d / "model")["digest"] for d in (tmp_path, trained / kind)
+    )
     assert ours == theirs
 
 
@@ -112,7 +115,9 @@ def test_one_and_eight_devices_take_the_same_steps(trained, tmp_path, monkeypatc
         for ours, theirs in zip(metrics(tmp_path / kind), metrics(trained / kind), strict=True):
             assert ours.keys() == theirs.keys()
             for name in ours:
-                np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-5, err_msg=name)
+                np.testing.assert_allclose(
+                    ours[name], theirs[name], rtol=1e-4, atol=1e-5, err_msg=name
+                )
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good(tmp_path):
@@ -135,7 +140,9 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good(tmp_path):
             return state, {**m, "loss": jax.numpy.where(bad, jax.numpy.nan, m["loss"])}
 
         patch.setattr(TokenizerTask, "step", poisoned)
-        with pytest.raises(UserError, match=r"loss is nan at step 4; .* keeps the checkpoint of step 3"):
+        with pytest.raises(
+            UserError, match=r"loss is nan at step 4; .* keeps the checkpoint of step 3"
+        ):
             train.run(c, tmp_path)
     c.train.steps = 3
     train.run(c, tmp_path)
@@ -200,7 +207,7 @@ def test_training_starts_from_a_model_of_the_same_sizes(trained, tmp_path):
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ours, theirs)
     c.model.bits = 5
-    with pytest.raises(UserError, match="model is not of the sizes of config.model: .*quantizer"):
+    with pytest.raises(UserError, match=r"model is not of the sizes of config.model: .*quantizer"):
         train.run(c, tmp_path / "other")
 
 
@@ -224,7 +231,9 @@ def test_fine_tuning_goes_on_with_the_imported_discriminator(trained, tmp_path):
     model_directory.write(tmp_path / "model", task.info, params, tensors.items())
     started = task.start_from(state, model_directory.load(tmp_path / "model", "tokenizer"))
     jax.tree.map(np.testing.assert_array_equal, started.params["discriminator"], other["params"])
-    jax.tree.map(np.testing.assert_array_equal, started.stats["discriminator"], other["batch_stats"])
+    jax.tree.map(
+        np.testing.assert_array_equal, started.stats["discriminator"], other["batch_stats"]
+    )
 
 
 def test_sample_does_not_depend_on_its_batch(trained, tmp_path):
@@ -287,9 +296,14 @@ def test_models_that_do_not_fit_are_named(trained, tmp_path):
     model_directory.write(other, {**info, "hparams": {**info["hparams"]}}, tokenizer.params)
     loaded = model_directory.load(trained / "generator" / "model", "generator")
     mismatch = model_directory.Model(loaded.module.clone(bits=8), loaded.params, {}, "G")
-    with pytest.raises(UserError, match="generator G and tokenizer .* do not fit: bits a token 8 against 4"):
+    with pytest.raises(
+        UserError, match=r"generator G and tokenizer .* do not fit: bits a token 8 against 4"
+    ):
         model_directory.check_fit(mismatch, tokenizer)
-    for labels, message in (("12", "label 12 is out of range"), ("a-b", "cannot read the label 'a-b'")):
+    for labels, message in (
+        ("12", "label 12 is out of range"),
+        ("a-b", "cannot read the label 'a-b'"),
+    ):
         c.sample.labels = labels
         with pytest.raises(UserError, match=message):
             sample.run(c, tmp_path)
@@ -303,10 +317,10 @@ def test_a_damaged_model_directory_is_named(trained, tmp_path):
     info = {k: tokenizer.info[k] for k in ("kind", "family", "hparams")}
     wrong = {**info, "hparams": {**info["hparams"], "bits": 5}}
     model_directory.write(tmp_path / "wrong", wrong, tokenizer.params)
-    with pytest.raises(UserError, match="do not match its model.json"):
+    with pytest.raises(UserError, match=r"do not match its model.json"):
         model_directory.load(tmp_path / "wrong", "tokenizer")
     (tmp_path / "wrong" / "model.json").write_text("{")
-    with pytest.raises(UserError, match="model.json is damaged"):
+    with pytest.raises(UserError, match=r"model.json is damaged"):
         model_directory.load(tmp_path / "wrong", "tokenizer")
 
 
@@ -328,5 +342,3 @@ def test_broken_images_are_named_and_too_many_stop_the_run(tmp_path, caplog):
     c.data.max_broken_share = 0.01
     with pytest.raises(UserError, match=r"cannot be read .*first: .*05.png"):
         train.run(c, tmp_path / "stopped")
-
-

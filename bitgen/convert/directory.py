@@ -186,9 +186,13 @@ def _lazy_params(
 
         def make() -> np.ndarray:
             array = np.empty(shape, dtype)
-            for fill, value in read_slices(dataclasses.replace(plan, fills=fills), tensors, dtype):
-                array[... if fill.index is None else fill.index] = value
-                progress.add(value.nbytes)
+            part = dataclasses.replace(plan, fills=fills)
+            try:
+                for fill, value in read_slices(part, tensors, dtype):
+                    array[... if fill.index is None else fill.index] = value
+                    progress.add(value.nbytes)
+            except UserError as e:
+                raise UserError(f"{tensors.path}: {e}") from None
             return array
 
         return LazyArray(shape, dtype, make)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from PIL import Image
 
 from bitgen.errors import UserError
@@ -116,12 +116,6 @@ CROPS: dict[str, Callable[..., np.ndarray]] = {
 def flip(image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]:
     """Mirrors left and right."""
     return np.ascontiguousarray(image[:, ::-1])
-
-
-def to_uint8(images: Float[np.ndarray, "*b H W c"]) -> UInt8[np.ndarray, "*b H W c"]:
-    """[-1, 1] -> 0..255, rounded half up (BitDance's `clip(127.5 x + 128)`), clipped outside."""
-    scaled = np.asarray(images, np.float32) * 127.5 + 128.0
-    return np.clip(np.floor(scaled), 0, 255).astype(np.uint8)
 
 
 def grid(images: UInt8[np.ndarray, "n H W 3"], columns: int) -> UInt8[np.ndarray, "gH gW 3"]:

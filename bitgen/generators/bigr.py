@@ -4,6 +4,8 @@ Masked tokens are replaced by a learned vector; the transformer's output at each
 the Bernoulli head that draws its bits. One class token stands in front of the image's tokens.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,6 +105,7 @@ class BiGR(nn.Module):
         _, features = self._transformer(
             bits, mask, self.embed_labels(labels), train=False, features=True
         )
+        assert features is not None
         return features[:, :, self.class_tokens :]
 
     def loss(
@@ -133,7 +136,7 @@ class BiGR(nn.Module):
 
     @nn.compact
     def _transformer(self, bits, mask, classes, *, train: bool, features: bool):
-        """-> residual stream [b, class tokens + n, d] and, if asked, that of each layer [l, ...]."""
+        """-> residual stream [b, class tokens + n, d] and, if asked, each layer's [l, ...]."""
         x = self.bits_embedding(bits.astype(self.dtype))
         x = jnp.where(mask[..., None], self.mask_token.astype(self.dtype)[None, None], x)
         classes = jnp.repeat(classes[:, None], self.class_tokens, axis=1).astype(self.dtype)
@@ -143,11 +146,12 @@ class BiGR(nn.Module):
             modulation = self.shared_modulation(nn.silu(classes))
             modulation = modulation.reshape(*classes.shape[:2], 6, self.width)
         block = nn.remat(_Block, prevent_cse=False) if self.remat else _Block
+        over_all: Any = (nn.broadcast, nn.broadcast)
         layers = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, nn.broadcast),
+            in_axes=over_all,
             length=self.layers,
         )(
             self.heads,

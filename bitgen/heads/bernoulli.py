@@ -33,7 +33,8 @@ class BernoulliHead(nn.Module):
     dtype: Dtype = jnp.float32
 
     def setup(self):
-        def dense(features, init=nn.initializers.normal(0.02)):
+        def dense(features):
+            init = nn.initializers.normal(0.02)
             return nn.Dense(features, kernel_init=init, dtype=self.dtype)
 
         self.time_in, self.time_out = dense(self.width), dense(self.width)

@@ -195,7 +195,9 @@ def _lpips_tensors(tensors: dict[str, Any]) -> dict[str, Any]:
     return {_PREFIX.sub("", name, count=1): value for name, value in (inside or tensors).items()}
 
 
-def params_from_tensors(tensors: list[tuple[str, Any]], origin: str) -> dict[str, dict[str, np.ndarray]]:
+def params_from_tensors(
+    tensors: list[tuple[str, Any]], origin: str
+) -> dict[str, dict[str, np.ndarray]]:
     """Renames and transposes the tensors; raises one UserError with all that is wrong with them."""
     shapes = lpips_shapes()
     tree: dict[str, dict[str, np.ndarray]] = {}

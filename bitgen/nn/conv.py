@@ -11,7 +11,7 @@ from bitgen.nn.norms import Dtype, group_norm
 torch_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
-def conv(features: int, kernel: int, name: str, dtype: Dtype, **options) -> nn.Conv:
+def conv(features: int, kernel: int, name: str | None, dtype: Dtype, **options) -> nn.Conv:
     """Returns a convolution with 'same' padding of kernel // 2 and PyTorch's initial scale."""
     options = {"padding": kernel // 2, **options}
     return nn.Conv(

@@ -25,9 +25,7 @@ class SwiGLU(nn.Module):
 
         def dense(features, name):
             init = nn.initializers.normal(0.02)
-            return nn.Dense(
-                features, use_bias=False, kernel_init=init, dtype=self.dtype, name=name
-            )
+            return nn.Dense(features, use_bias=False, kernel_init=init, dtype=self.dtype, name=name)
 
         y = nn.silu(dense(self.hidden, "gate")(x)) * dense(self.hidden, "up")(x)
         return dense(x.shape[-1], "down")(y)

@@ -31,6 +31,6 @@ def layer_norm(x: Float[Array, "*b d"], epsilon: float = 1e-6) -> Float[Array, "
     return y.astype(x.dtype)
 
 
-def group_norm(name: str, dtype: Dtype) -> nn.GroupNorm:
+def group_norm(name: str | None, dtype: Dtype) -> nn.GroupNorm:
     """Returns the 32-group norm of the VQGAN family (epsilon 1e-6, statistics in float32)."""
     return nn.GroupNorm(32, epsilon=1e-6, use_fast_variance=False, dtype=dtype, name=name)

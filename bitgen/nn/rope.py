@@ -9,7 +9,8 @@ def grid_rotations(
     height: int, width: int, head_dim: int, base: float = 10_000.0
 ) -> Float[np.ndarray, "n head_dim/2 2"]:
     """Returns (cos, sin) of each cell's angles: half of the pairs turn with the row, half with
-    the column."""
+    the column.
+    """
     half = head_dim // 2
     frequencies = 1.0 / base ** (np.arange(0, half, 2, dtype=np.float32)[: half // 2] / half)
     rows = np.arange(height, dtype=np.float32)[:, None, None] * frequencies

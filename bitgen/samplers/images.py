@@ -6,12 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from bitgen.pixels import to_uint8
 from bitgen.mesh import BATCH, batch_sharding
+from bitgen.pixels import to_uint8
 from bitgen.samplers.masked import MaskedPlan, sample_bits
 
 
@@ -21,7 +20,7 @@ def image_keys(seed: int, indices: np.ndarray) -> jax.Array:
 
 
 def image_sampler(
-    generator: nn.Module, tokenizer: nn.Module, plan: MaskedPlan, mesh: Mesh
+    generator: Any, tokenizer: Any, plan: MaskedPlan, mesh: Mesh
 ) -> Callable[[Any, Any, np.ndarray, jax.Array], jax.Array]:
     """Returns f(generator params, tokenizer params, labels [b], keys [b]) -> uint8 [b, H, W, 3].
 

@@ -7,6 +7,7 @@ farthest from one half (MaskGIT's cosine schedule, Chang et al. 2022).
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,6 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from bitgen.errors import UserError
-from bitgen.generators.bigr import BiGR
 from bitgen.samplers.guidance import guidance_schedule, temperature_schedule
 
 
@@ -69,8 +69,8 @@ def iterations(plan: MaskedPlan, tokens: int) -> Iterations:
 
 
 def sample_bits(
-    generator: BiGR,
-    params: dict,
+    generator: Any,
+    params: Any,
     classes: Float[Array, "b d"] | Int[Array, " b"],
     keys: PRNGKeyArray,
     plan: MaskedPlan,
@@ -82,8 +82,8 @@ def sample_bits(
     """Returns bits drawn for labels [b], or for class embeddings [b, d] such as mixtures.
 
     Args:
-      generator: the module; `params` its parameters.
-      params: as above.
+      generator: a BiGR.
+      params: its parameters.
       classes: labels, or embeddings from `embed_labels`.
       keys: one key an image, so that an image does not depend on its batch.
       plan: the settings.
@@ -117,7 +117,7 @@ def sample_bits(
     return state[0].reshape(b, height, width, k)
 
 
-def iteration(generator: BiGR, params, classes, keys, plan: MaskedPlan, window: int, state, x):
+def iteration(generator: Any, params, classes, keys, plan: MaskedPlan, window: int, state, x):
     """One step: (bits [b,n,k], mask [b,n]) -> the same with `count` tokens drawn.
 
     `window` is at least the number of masked tokens; x is (index, count, guidance, gumbel).
@@ -153,7 +153,7 @@ def iteration(generator: BiGR, params, classes, keys, plan: MaskedPlan, window: 
     return bits, mask.at[rows, where].set(candidate & ~chosen)
 
 
-def _conditioning(generator: BiGR, params, bits, mask, classes, plan: MaskedPlan):
+def _conditioning(generator: Any, params, bits, mask, classes, plan: MaskedPlan):
     """-> the head's conditioning with and, if guided, without the class, [b, n, d] each."""
     if plan.guidance == 1:
         cond = generator.apply({"params": params}, bits, mask, classes, method="hidden")

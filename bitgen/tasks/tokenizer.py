@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +28,7 @@ class TokenizerTask:
         self.config = config
         self.module, self.info = build.module_from_config("tokenizer", config.model)
         self.optimiser = optim.make_optimiser(config.optim, config.train.steps)
-        self.discriminator: nn.Module | None = None
+        self.discriminator: Any = None
         if config.loss.gan_weight > 0:
             self.discriminator = adversarial.PatchDiscriminator(
                 config.loss.discriminator_width,
@@ -90,7 +89,12 @@ class TokenizerTask:
         return self.discriminator is not None and step >= self.config.loss.gan_start
 
     def step(
-        self, state: TrainState, frozen: PyTree, batch: dict, key: jax.Array, adversarial_stage: bool
+        self,
+        state: TrainState,
+        frozen: PyTree,
+        batch: dict,
+        key: jax.Array,
+        adversarial_stage: bool,
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """Returns the state after one step on uint8 images [b, H, W, 3], and metrics."""
         keys = dict(zip(("bits", "fake", "pair"), jax.random.split(key, 3), strict=True))
@@ -102,7 +106,7 @@ class TokenizerTask:
             recon, aux = self.module.apply(
                 {"params": params}, images, train=True, rngs={"bits": keys["bits"]}
             )
-            parts = [lambda y: self._reconstruction_loss(frozen, images, y)]
+            parts: list[Any] = [lambda y: self._reconstruction_loss(frozen, images, y)]
             if adversarial_stage:
                 parts.append(lambda y: self._fool_loss(state.params, stats, y, keys["fake"]))
             gradients = adversarial.last_layer_gradients(
@@ -111,7 +115,9 @@ class TokenizerTask:
             metrics, weights = dict(gradients.metrics[0]), [1.0]
             if adversarial_stage:
                 stats["discriminator"] = gradients.metrics[1]
-                weight = adversarial.adaptive_weight(*gradients.kernels, loss.gan_max_weight)
+                weight = adversarial.adaptive_weight(
+                    gradients.kernels[0], gradients.kernels[1], loss.gan_max_weight
+                )
                 weights.append(loss.gan_weight * weight)
                 metrics |= {"gan": gradients.values[1], "gan_weight": weights[1]}
             value = adversarial.weighted_loss(recon, gradients, weights)

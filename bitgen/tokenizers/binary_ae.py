@@ -1,4 +1,4 @@
-"""The binary autoencoder, "B-AE", of Binary Latent Diffusion (Wang et al., arXiv 2304.04820) and BiGR.
+"""The binary autoencoder, "B-AE", of Binary Latent Diffusion (arXiv 2304.04820) and BiGR.
 
 A VQGAN-style encoder projects each cell to k probabilities; a bit is a Bernoulli draw in training
 and `prob > 0.5` otherwise; the decoder reads the sum of the embeddings of the bits that are on.
@@ -136,8 +136,7 @@ class BlockStack(nn.Module):
 
     def __call__(self, x, stop: int | None = None):
         """Returns the output of the blocks before `stop` (all of them by default)."""
-        for (kind, _, _), block in list(zip(self.layout, self.blocks, strict=True))[:stop]:
-            # The only activations between blocks: the norm before the last convolution has none.
+        for block in self.blocks[:stop]:
             x = block(x)
         return x
 
