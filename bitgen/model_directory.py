@@ -157,7 +157,8 @@ def load_carried(path: str | os.PathLike) -> dict[str, np.ndarray]:
     if not file.is_file():
         return {}
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        # Opened here, because np.load leaves a damaged file open.
+        with file.open("rb") as raw, np.load(raw, allow_pickle=False) as arrays:
             return dict(arrays)
     except (ValueError, OSError, zipfile.BadZipFile) as e:
         raise UserError(f"{file} is damaged: {e}") from None

@@ -118,7 +118,7 @@ def test_binary_ae_goes_along_with_its_discriminator(tmp_path, capsys):
     assert carried["ae.generator.logsigma.0.bias"][0] == 3
 
     # Fine-tuning starts from it.
-    gan = PatchDiscriminator(**DISCRIMINATOR)
+    gan = PatchDiscriminator(layers=2, width=4)
     target = jax.eval_shape(lambda: gan.init(jax.random.key(0), np.zeros((1, 32, 32, 3), "f4")))
     disc = {name: x for name, x in carried.items() if name.startswith("disc.")}
     import_tensors(patchgan.table(DISCRIMINATOR), disc, target)

@@ -106,7 +106,10 @@ def test_names_of_the_same_values_have_one_place(tmp_path):
 
 
 def test_safetensors(tmp_path):
-    half = {"bf16": np.array([1.5, -3.0]).astype(ml_dtypes.bfloat16), "f16": np.float16([[0.1]])}
+    half = {
+        "bf16": np.array([1.5, -3.0]).astype(ml_dtypes.bfloat16),
+        "f16": np.array([[0.1]], np.float16),
+    }
     save_file({**ARRAYS, **half}, tmp_path / "x.safetensors", metadata={"format": "pt"})
     (tmp_path / "x.safetensors").rename(tmp_path / "x.bin")  # the content tells
     tensors = open_tensors(tmp_path / "x.bin")

@@ -4,6 +4,7 @@ import errno
 import gc
 import json
 import os
+import shutil
 import weakref
 
 import jax
@@ -63,7 +64,7 @@ def test_streamed_is_what_is_written_whole(tmp_path, dtype):
 
 def test_streaming_holds_one_large_array_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(streaming, "_CHUNK", 4000)
-    sizes = {"a": 2000, "b": 10, "c": 10, "d": 900, "e": 3000, "f": 0, "g": 1}
+    sizes = {"a": 2000, "b": 10, "c": 10, "d": 900, "e": 3000, "f": 1}
     params = {n: np.full((size,), i, np.float32) for i, (n, size) in enumerate(sizes.items())}
     alive, most = weakref.WeakValueDictionary(), []
 
@@ -139,7 +140,7 @@ def test_other_files_are_not_replaced(tmp_path):
 
 
 def test_what_is_no_model_directory_is_named(tmp_path):
-    with pytest.raises(UserError, match="is not a model directory: it has no model.json"):
+    with pytest.raises(UserError, match=r"is not a model directory: it has no model\.json"):
         model_directory.load(tmp_path, "tokenizer")
     (tmp_path / "x.pt").write_bytes(b"weights")
     with pytest.raises(
@@ -149,10 +150,10 @@ def test_what_is_no_model_directory_is_named(tmp_path):
     model_directory.write(tmp_path / "model", INFO, random_params())
     with pytest.raises(UserError, match=r"holds a tokenizer \(binary_ae\), not a generator"):
         model_directory.load(tmp_path / "model", "generator")
-    (tmp_path / "model" / "params" / "_METADATA").unlink()
-    with pytest.raises(UserError, match="the parameters in .*model"):
+    shutil.rmtree(tmp_path / "model" / "params")
+    with pytest.raises(UserError, match=r"the parameters in .*model do not match its model\.json"):
         model_directory.load(tmp_path / "model", "tokenizer")
-    with pytest.raises(UserError, match="the parameters in .*model cannot be read"):
+    with pytest.raises(UserError, match=r"the parameters in .*model cannot be read"):
         model_directory.open_params(tmp_path / "model")
     file = tmp_path / "model" / "model.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "format": 99}))
