@@ -74,8 +74,12 @@ def write(
             _write_carried(temporary / "carried.npz", carried)
             info = {"format": FORMAT, "bitgen": __version__, **info, "digest": hashed}
             (temporary / "model.json").write_text(json.dumps(info, indent=2) + "\n")
-            shutil.rmtree(directory, ignore_errors=True)
+            old = directory.with_name(directory.name + ".old")
+            shutil.rmtree(old, ignore_errors=True)
+            if directory.exists():
+                os.replace(directory, old)
             os.replace(temporary, directory)
+            shutil.rmtree(old, ignore_errors=True)
     except (OSError, ValueError) as e:
         # TensorStore's errors are ValueErrors.
         if getattr(e, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(e):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bitgen import data, model_directory
-from bitgen.data.images import grid, write_png
+from bitgen.data.images import paired_grid, write_png
 from bitgen.logging import say
 from bitgen.mesh import make_mesh, replicated, shards_of_batch
 from bitgen.pixels import from_uint8, to_uint8
@@ -60,21 +60,12 @@ def run(config: Any, workdir: Path) -> None:
         "bits_per_image": int(np.prod(tokenizer.module.grid)) * tokenizer.module.bits,
     }
     if jax.process_index() == 0:
-        write_png(workdir / "reconstructions.png", side_by_side(shown, settings.columns))
+        above, below = (
+            np.concatenate(part)[: 4 * settings.columns] for part in zip(*shown, strict=True)
+        )
+        write_png(workdir / "reconstructions.png", paired_grid(above, below, settings.columns))
         (workdir / "reconstructions.json").write_text(json.dumps(result, indent=2) + "\n")
     say(
         f"{count} images of split {settings.split!r}: PSNR {result['psnr']:.2f} dB, "
         f"{result['bits_used']:.0%} of the bits in use; {workdir / 'reconstructions.png'}"
     )
-
-
-def side_by_side(pairs: list[tuple[np.ndarray, np.ndarray]], columns: int) -> np.ndarray:
-    """Returns a picture with each row of images above the row of their reconstructions."""
-    images, recon = (np.concatenate(part)[: 4 * columns] for part in zip(*pairs, strict=True))
-    columns = min(columns, len(images))
-    rows = [
-        row[start : start + columns]
-        for start in range(0, len(images) // columns * columns, columns)
-        for row in (images, recon)
-    ]
-    return grid(np.concatenate(rows), columns)

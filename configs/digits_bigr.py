@@ -10,7 +10,7 @@ def get_config():
     """Returns the settings."""
     c = config.generator(
         "bigr",
-        width=128,
+        width=96,
         layers=4,
         heads=4,
         bits=24,
@@ -19,19 +19,20 @@ def get_config():
         denoiser_width=128,
         denoiser_layers=2,
         diffusion_steps=64,
-        dropout=0.1,
+        mlp_multiple=64,
+        dropout=0.0,
     )
     c.tokenizer = "runs/digits/tokenizer/model"
     c.data.source = "bits"
     c.data.path = "runs/digits/bits"
     c.data.flip = False
-    c.train.batch_size = 64
-    c.train.steps = 1000
+    c.train.batch_size = 32
+    c.train.steps = 1500
     c.train.log_every = 100
-    c.train.preview_every = 500
+    c.train.preview_every = 750
     c.train.preview_images = 40
-    c.train.checkpoint_every = 500
-    c.optim.lr = 1e-3
+    c.train.checkpoint_every = 750
+    c.optim.lr = 2e-3
     c.optim.warmup = 50
     c.optim.schedule = "cosine"
     c.optim.b2 = 0.95
@@ -39,8 +40,8 @@ def get_config():
     c.optim.no_decay = ("bias$", "scale$", "^denoiser/")
     c.optim.clip = 1.0
     c.optim.ema = 0.99
-    c.sampler.iterations = 10
-    c.sampler.guidance = 1.5
+    c.sampler.iterations = 16
+    c.sampler.guidance = 2.0
     c.sampler.denoiser_steps = 32
     c.sample.labels = "0-9"
     c.sample.per_label = 10

@@ -21,7 +21,10 @@ def test_quickstart_makes_digits_that_a_classifier_recognises(tmp_path):
         "JAX_PLATFORMS": "cpu",
     }
     done = subprocess.run(
-        [ROOT / "launch" / "quickstart.sh", tmp_path], env=environment, capture_output=True, text=True
+        [ROOT / "launch" / "quickstart.sh", tmp_path],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert str(tmp_path / "samples.png") in done.stdout

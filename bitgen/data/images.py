@@ -134,6 +134,16 @@ def grid(images: UInt8[np.ndarray, "n H W 3"], columns: int) -> UInt8[np.ndarray
     return cells.swapaxes(1, 2).reshape(rows * height, columns * width, channels)
 
 
+def paired_grid(
+    above: UInt8[np.ndarray, "n H W 3"], below: UInt8[np.ndarray, "n H W 3"], columns: int
+) -> UInt8[np.ndarray, "gH gW 3"]:
+    """Rows of `columns` images, each above the row of what belongs to them; full rows only."""
+    columns = min(columns, len(above))
+    starts = range(0, len(above) // columns * columns, columns)
+    rows = [part[start : start + columns] for start in starts for part in (above, below)]
+    return grid(np.concatenate(rows), columns)
+
+
 def write_png(path: str | os.PathLike, image: UInt8[np.ndarray, "H W c"]) -> None:
     """Writes uint8 `[H, W, 3]` (or 4, or `[H, W]`) as PNG: whole or not at all.
 

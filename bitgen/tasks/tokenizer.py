@@ -10,7 +10,7 @@ import optax
 from bitgen import build, model_directory, optim
 from bitgen.convert import patchgan
 from bitgen.convert.rules import import_tensors
-from bitgen.data.images import grid
+from bitgen.data.images import paired_grid
 from bitgen.losses import adversarial
 from bitgen.losses.augment import diff_augment
 from bitgen.losses.lpips import load_lpips, lpips_distance
@@ -164,13 +164,7 @@ class TokenizerTask:
             return to_uint8(self.module.apply({"params": params}, bits, method="decode"))
 
         recon = np.asarray(reconstruct(state.ema, images))
-        columns = min(len(images), 16)
-        rows = [
-            row[i : i + columns]
-            for i in range(0, len(images) // columns * columns, columns)
-            for row in (images, recon)
-        ]
-        return {"reconstructions": grid(np.concatenate(rows), columns)}
+        return {"reconstructions": paired_grid(images, recon, 16)}
 
     def _update(self, params: dict, opt: dict, name: str, gradient: PyTree) -> None:
         updates, opt[name] = self.optimiser.update(gradient, opt[name], params[name])
