@@ -43,8 +43,9 @@ def save(directory: Path, params: Any) -> str:
             return array
 
         leaves.append(LazyArray(leaf.shape, leaf.dtype, make))
+    writer = _LazyHandler(deepcopy_host_arrays=False)
     types = ocp.type_handlers.create_type_handler_registry(
-        (LazyArray, _LazyHandler(deepcopy_host_arrays=False)),
+        (LazyArray, writer),
         (jax.Array, ocp.type_handlers.ArrayHandler()),  # of no use, but Orbax warns without it
     )
     args = ocp.args.PyTreeSave(
@@ -54,24 +55,41 @@ def save(directory: Path, params: Any) -> str:
     )
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=types)
     with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(directory, args=args)
+        try:
+            checkpointer.save(directory, args=args)
+        finally:
+            writer.wait()
     return running.value()
 
 
 class _LazyHandler(ocp.type_handlers.NumpyHandler):
     """Writes LazyArrays as Orbax writes numpy arrays, made when those before are on disk."""
 
+    writing: tuple[Any, ...] = ()
+
     async def serialize(self, values, infos, args=None):
         args = args or [ocp.SaveArgs() for _ in values]
         sizes = [math.prod(value.shape) * value.dtype.itemsize for value in values]
         # In the order of the tree, which the digest relies on.
         for group in _groups(sizes):
-            arrays = [values[i].make() for i in group]
-            chosen = [infos[i] for i in group], [args[i] for i in group]
-            for commit in await super().serialize(arrays, *chosen):
-                await asyncio.to_thread(commit.result)
-            del arrays
+            self.writing = ()
+            for i in group:
+                array = values[i].make()
+                self.writing += tuple(await super().serialize([array], [infos[i]], [args[i]]))
+                del array
+            for error in await asyncio.to_thread(self.wait):
+                raise error
         return []
+
+    def wait(self) -> list[Exception]:
+        """Waits until nothing is being written, so that the files can be deleted; the errors."""
+        errors = []
+        for commit in self.writing:
+            try:
+                commit.result()
+            except Exception as e:
+                errors.append(e)
+        return errors
 
 
 def _groups(sizes: Sequence[int]) -> Iterator[list[int]]:

@@ -130,6 +130,21 @@ def test_a_failure_leaves_what_was_there(tmp_path, before):
         model_directory.load(tmp_path / "model", "tokenizer")
 
 
+def test_a_failed_write_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "_CHUNK", 4)  # one after another
+
+    def make(x):
+        for directory in tmp_path.glob("model.writing/params*/*.process_0"):
+            shutil.rmtree(directory)
+            directory.write_text("in the way")
+        return x
+
+    params = {"a": np.ones(5, np.float32), "b": np.ones(5, np.float32)}
+    with pytest.raises(ValueError, match="process_0"):
+        model_directory.write(tmp_path / "model", INFO, lazily(params, make))
+    assert os.listdir(tmp_path) == []
+
+
 def test_other_files_are_not_replaced(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="has other files in it, choose a new directory"):

@@ -159,7 +159,9 @@ def _recognise(tensors: Tensors, model: str | None) -> tuple[str, dict[str, Any]
         return family, hparams, words
     if entry.family != family:
         raise UserError(f"{words}; {entry.name} is a {entry.family}")
-    return family, zoo.settings(entry), f"{words}; for {entry.name}"
+    if zoo.describe(family, hparams) != entry.size:
+        words += f", not {entry.name} ({entry.size})"
+    return family, zoo.settings(entry), words
 
 
 def _target(kind: str, family: str, hparams: Mapping[str, Any]) -> dict[str, Any]:

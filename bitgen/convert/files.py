@@ -4,6 +4,7 @@ Loading runs no code: a pickle that holds anything but tensors and plain values 
 """
 
 import ctypes
+import errno
 import json
 import math
 import mmap
@@ -307,6 +308,8 @@ def write_torch(
       tensors: each name and its C-contiguous array, taken one at a time; names that share one
         array, one after another, share its values in the file.
       wrapped: None for a bare state dict, else the key that holds it.
+
+    Raises UserError if the disk is full.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".writing")
@@ -326,6 +329,10 @@ def write_torch(
             file.writestr(_entry(f"{_ROOT}/byteorder"), sys.byteorder)
             file.writestr(_entry(f"{_ROOT}/version"), "3\n")
         os.replace(temporary, path)
+    except OSError as e:
+        if e.errno == errno.ENOSPC:
+            raise UserError(f"the disk is full: {path} was not written") from None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     return len(state)
