@@ -69,7 +69,7 @@ class RunLog:
 class Progress:
     """Makes the progress line: step, loss, images/s, time left, and what the device reaches."""
 
-    def __init__(self, first: int, last: int, batch_size: int, flops: float | None):
+    def __init__(self, first: int, last: int, batch_size: int, flops: int):
         self.last, self.batch_size, self.flops = last, batch_size, flops
         self.step, self.start, self.waited = first, time.monotonic(), 0.0
         device = jax.devices()[0].device_kind

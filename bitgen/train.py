@@ -14,6 +14,7 @@ import numpy as np
 from bitgen import data, model_directory
 from bitgen.checkpoint import Checkpoints
 from bitgen.errors import UserError, choose
+from bitgen.flops import count_flops
 from bitgen.logging import Progress, RunLog, merged, say
 from bitgen.mesh import make_mesh, replicated, shards_of_batch, to_device
 from bitgen.state import TrainState, born_sharded
@@ -95,9 +96,10 @@ def _run(config: Any, workdir: Path, stack: contextlib.ExitStack) -> None:
         stage = task.stage(step)
         if stage not in compiled:
             started = time.monotonic()
-            compiled[stage] = program.lower(state, frozen, batch, stage).compile()
+            traced = program.trace(state, frozen, batch, stage)
+            compiled[stage] = traced.lower().compile()
             say(f"compiled the training step in {time.monotonic() - started:.1f} s")
-            progress = Progress(step, last, batch_size, _flops(compiled[stage]))
+            progress = Progress(step, last, batch_size, count_flops(traced.jaxpr))
         assert progress is not None
         state, metrics = compiled[stage](state, frozen, batch)
         step += 1
@@ -208,13 +210,6 @@ def _check_classes(config: Any, batches: Any) -> None:
             f"the data has {batches.num_classes} classes, the generator "
             f"{config.model.num_classes}; set --config.model.num_classes={batches.num_classes}"
         )
-
-
-def _flops(compiled: Any) -> float | None:
-    """Counted FLOPs of one step on one device, where the compiler tells."""
-    analysis = compiled.cost_analysis() or {}
-    flops = analysis.get("flops", 0) * jax.device_count()
-    return flops if flops > 0 else None
 
 
 def _counts(batches: Any) -> dict[str, float]:

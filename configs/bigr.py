@@ -1,8 +1,9 @@
 """BiGR on ImageNet, every published size.
 
     python -m bitgen.main --config=configs/bigr.py:L --workdir=runs/bigr_L \
-        --config.tokenizer=runs/bae_d24/model --config.data.path=/data/imagenet/train
+        --config.data.path=/data/imagenet/train
 
+The tokenizer is the released one of its bits, or yours: --config.tokenizer=runs/bae_d24/model.
 Sizes: L, XL, XXL (256 px, 24 bits), XXL_d32 (256 px, 32 bits), L_512 (512 px, 32 bits).
 The recipe is the authors': batch 512 and bfloat16; they train L and XL on 8 A800 GPUs, XXL on 32,
 to FID 2.71, 2.49 and 2.36. With config.data.source=bits, config.data.path=BITS and
@@ -22,10 +23,13 @@ SIZES = {
     "L_512": {"bits": 32, "grid": (32, 32), "denoiser_width": 1280, "denoiser_layers": 6},
 }
 
+TOKENIZERS = {"XXL_d32": "d32", "L_512": "d32_512"}
+
 
 def get_config(size: str = "L"):
     """Returns the settings of a size."""
     c = config.generator("bigr", **choose("size", size, SIZES), dtype="bfloat16")
+    c.tokenizer = "zoo:bigr_bae_" + TOKENIZERS.get(size, "d24")
     c.data.source = "folder"
     c.data.image_size = 16 * c.model.grid[0]
     c.data.holdout = 0.0
