@@ -115,6 +115,7 @@ def _run(config: Any, workdir: Path, stack: contextlib.ExitStack) -> None:
             line, speed = progress.report(step, float(metrics["loss"]))
             say(line)
             log.scalars(step, {**task.summarise(metrics), **speed, **_counts(batches)})
+        working = time.monotonic()
         if settings.preview_every and (leaving or step % settings.preview_every == 0):
             for name, picture in task.preview(state, feed.preview(settings.preview_images)).items():
                 log.image(step, name, picture)
@@ -122,6 +123,7 @@ def _run(config: Any, workdir: Path, stack: contextlib.ExitStack) -> None:
             checkpoints.save(step, state, feed.position)
             saved = step
             model_directory.write(workdir / "model", {**info, "steps": step}, state.ema)
+        progress.start += time.monotonic() - working  # what is no training is not timed as such
 
     # ------------------------------------------------------------------ the end
     checkpoints.wait()

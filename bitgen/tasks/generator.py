@@ -1,5 +1,6 @@
 """Training a generator: bits from a frozen tokenizer or from disk, masked or in order."""
 
+import functools
 from typing import Any
 
 import jax
@@ -109,22 +110,22 @@ class GeneratorTask:
         if not self.config.tokenizer:
             return {}
         tokenizer = model_directory.load(self.config.tokenizer, "tokenizer")
-        mesh = make_mesh(**self.config.mesh)
         count = self.config.train.preview_images
         count = -(-count // jax.device_count()) * jax.device_count()
         classes = self.module.num_classes
         columns = min(classes, 16, count)
-        labels = np.arange(count) % columns * max(classes // columns, 1)
-        sampler = image_sampler(
-            self.module, tokenizer.module, MaskedPlan(**self.config.sampler), mesh
-        )
-        images = sampler(
+        images = self._sampler(tokenizer.module)(
             state.ema,
             jax.device_put(tokenizer.params, jax.tree.leaves(state.ema)[0].sharding),
-            labels,
+            np.arange(count) % columns * max(classes // columns, 1),
             image_keys(self.config.seed, np.arange(count)),
         )
         return {"samples": grid(np.asarray(images), columns)}
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019 - a run has one task
+    def _sampler(self, tokenizer):
+        plan, mesh = MaskedPlan(**self.config.sampler), make_mesh(**self.config.mesh)
+        return image_sampler(self.module, tokenizer, plan, mesh)
 
     def _bits(self, frozen, batch, key):
         """-> bool [b, h, w, k]."""

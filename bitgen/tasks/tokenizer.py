@@ -1,5 +1,6 @@
 """Training a tokenizer: reconstruction, perceptual and adversarial losses through the bits."""
 
+import functools
 from typing import Any
 
 import jax
@@ -157,14 +158,16 @@ class TokenizerTask:
     def preview(self, state: TrainState, batch: dict) -> dict[str, np.ndarray]:
         """Returns pictures of the averaged model: pairs of rows, images above reconstructions."""
         images = np.asarray(batch["image"])
+        recon = np.asarray(self._reconstruct(state.ema, images))
+        return {"reconstructions": paired_grid(images, recon, 16)}
 
-        @jax.jit
+    @functools.cached_property
+    def _reconstruct(self):
         def reconstruct(params, images):
             bits = self.module.apply({"params": params}, from_uint8(images), method="encode")
             return to_uint8(self.module.apply({"params": params}, bits, method="decode"))
 
-        recon = np.asarray(reconstruct(state.ema, images))
-        return {"reconstructions": paired_grid(images, recon, 16)}
+        return jax.jit(reconstruct)
 
     def _update(self, params: dict, opt: dict, name: str, gradient: PyTree) -> None:
         updates, opt[name] = self.optimiser.update(gradient, opt[name], params[name])
