@@ -82,3 +82,15 @@ def init_params(module: Any, key: jax.Array) -> Any:
 def param_shapes(module: Any) -> Any:
     """Returns the shapes and dtypes of a module's parameters, computing nothing."""
     return jax.eval_shape(lambda: init_params(module, jax.random.key(0)))
+
+
+def shape_faults(there: Any, here: Any) -> list[str]:
+    """Returns a line for each leaf whose shape differs or that only one of two trees has."""
+    shapes = [
+        {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (there, here)
+    ]  # fmt: skip
+    names = sorted(shapes[0].keys() | shapes[1].keys())
+    pairs = [(name, *(s.get(name, "missing") for s in shapes)) for name in names]
+    return [f"{name} is {a} there, {b} here" for name, a, b in pairs if a != b]

@@ -134,6 +134,12 @@ def load(path: str | os.PathLike, kind: str, sharding: Any = None, **fields: Any
         raise UserError(f"{path} holds a {info['kind']} ({info['family']}), not a {kind}")
     module = build.make_module(kind, info["family"], {**info["hparams"], **fields})
     shapes = build.param_shapes(module)
+    # Checked before anything is read: an Orbax restore that fails leaves threads behind.
+    if faults := build.shape_faults(open_params(path), shapes):
+        raise UserError(
+            f"the parameters in {path} do not match its model.json: {faults[0]} "
+            f"({len(faults)} differ)"
+        )
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes

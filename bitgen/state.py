@@ -6,8 +6,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.tree_util import tree_leaves_with_path
 
+from bitgen import build
 from bitgen.errors import UserError
 from bitgen.mesh import Rules, tree_shardings
 
@@ -39,18 +39,10 @@ def with_params(state: TrainState, params: PyTree, what: str) -> TrainState:
 
     Raises UserError if they are not those of the same model; `what` names where they come from.
     """
-    ours = {jax.tree_util.keystr(k): v for k, v in tree_leaves_with_path(state.params["model"])}
-    theirs = {jax.tree_util.keystr(k): v for k, v in tree_leaves_with_path(params)}
-    wrong = [
-        f"{name} {getattr(theirs.get(name), 'shape', 'missing')} there, "
-        f"{getattr(ours.get(name), 'shape', 'missing')} here"
-        for name in sorted(ours.keys() | theirs.keys())
-        if getattr(theirs.get(name), "shape", None) != getattr(ours.get(name), "shape", None)
-    ]
-    if wrong:
+    if faults := build.shape_faults(params, state.params["model"]):
         raise UserError(
-            f"{what} is not of the sizes of config.model: {wrong[0]} (and {len(wrong) - 1} more); "
-            "set config.model as its model.json says"
+            f"{what} is not of the sizes of config.model: {faults[0]} "
+            f"({len(faults)} differ); set config.model as its model.json says"
         )
     placed = jax.tree.map(
         lambda old, new: jax.device_put(jnp.asarray(new, old.dtype), old.sharding),

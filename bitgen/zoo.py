@@ -329,11 +329,13 @@ def _file(entry: Entry) -> Path:
         raise UserError(f"{entry.name} is on no hub: {help_}")
     try:
         from huggingface_hub import hf_hub_download
+        from huggingface_hub.utils import logging
     except ImportError:
         install = "pip install 'bitgen[convert]'"
         raise UserError(
             f"downloading {entry.name} needs huggingface_hub: {install}, or {help_}"
         ) from None
+    logging.set_verbosity_error()  # our one line says what its lines for each try would
     try:
         # Into the hub's own cache: what another program fetched is found, what broke off resumes.
         return Path(hf_hub_download(entry.repository, f"{entry.folder}{entry.file}"))

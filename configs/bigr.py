@@ -1,4 +1,4 @@
-"""BiGR on ImageNet, every published size.
+r"""BiGR on ImageNet, every published size.
 
     python -m bitgen.main --config=configs/bigr.py:L --workdir=runs/bigr_L \
         --config.data.path=/data/imagenet/train

@@ -1,4 +1,4 @@
-"""The binary autoencoder of Binary Latent Diffusion and BiGR, every released size.
+r"""The binary autoencoder of Binary Latent Diffusion and BiGR, every released size.
 
     python -m bitgen.main --config=configs/binary_ae.py:d24 --workdir=runs/bae_d24 \
         --config.data.path=/data/imagenet/train

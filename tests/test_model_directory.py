@@ -166,7 +166,7 @@ def test_what_is_no_model_directory_is_named(tmp_path):
     with pytest.raises(UserError, match=r"holds a tokenizer \(binary_ae\), not a generator"):
         model_directory.load(tmp_path / "model", "generator")
     shutil.rmtree(tmp_path / "model" / "params")
-    with pytest.raises(UserError, match=r"the parameters in .*model do not match its model\.json"):
+    with pytest.raises(UserError, match=r"the parameters in .*model cannot be read"):
         model_directory.load(tmp_path / "model", "tokenizer")
     with pytest.raises(UserError, match=r"the parameters in .*model cannot be read"):
         model_directory.open_params(tmp_path / "model")
