@@ -64,6 +64,12 @@ def shards_of_batch(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def even_batch(size: int, mesh: Mesh) -> int:
+    """Returns the batch size, rounded up to one that splits over the mesh."""
+    shards = shards_of_batch(mesh)
+    return -(-size // shards) * shards
+
+
 def to_device(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Returns the global batch made of each process's rows, sharded over the mesh."""
     sharding = batch_sharding(mesh)

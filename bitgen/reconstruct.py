@@ -11,7 +11,7 @@ import numpy as np
 from bitgen import data, model_directory
 from bitgen.data.images import paired_grid, write_png
 from bitgen.logging import say
-from bitgen.mesh import make_mesh, replicated, shards_of_batch
+from bitgen.mesh import even_batch, make_mesh, replicated
 from bitgen.pixels import from_uint8, to_uint8
 
 
@@ -26,8 +26,7 @@ def run(config: Any, workdir: Path) -> None:
     )
     source = config.data.copy_and_resolve_references()
     source.split, source.image_size = settings.split, tokenizer.module.image_size
-    shards = shards_of_batch(mesh)
-    size = -(-settings.batch_size // shards) * shards
+    size = even_batch(settings.batch_size, mesh)
     batches = data.make_batches(source, batch_size=size, seed=config.seed, training=False)
 
     @jax.jit

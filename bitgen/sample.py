@@ -12,7 +12,7 @@ from bitgen import model_directory
 from bitgen.errors import UserError
 from bitgen.labels import class_names_of, parse_labels
 from bitgen.logging import say
-from bitgen.mesh import make_mesh, replicated, shards_of_batch
+from bitgen.mesh import even_batch, make_mesh, replicated
 from bitgen.outputs import make_output
 from bitgen.samplers.images import image_keys, image_sampler
 from bitgen.samplers.masked import MaskedPlan
@@ -55,8 +55,8 @@ def run(config: Any, workdir: Path) -> None:
 
     # Every batch has the same shape, so that there is one program; the last is filled up.
     sampler = image_sampler(generator.module, tokenizer.module, plan, mesh)
-    shards, first = shards_of_batch(mesh), output.next_index
-    size = -(-min(settings.batch_size, len(labels)) // shards) * shards
+    first = output.next_index
+    size = even_batch(min(settings.batch_size, len(labels)), mesh)
     if first:
         say(f"going on at image {first} of {len(labels)}")
     started = time.monotonic()

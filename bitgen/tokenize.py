@@ -13,7 +13,7 @@ from bitgen import data, model_directory
 from bitgen.data.packed import PackedWriter, pack_bits
 from bitgen.errors import UserError
 from bitgen.logging import say
-from bitgen.mesh import BATCH, batch_sharding, make_mesh, replicated, shards_of_batch
+from bitgen.mesh import BATCH, batch_sharding, even_batch, make_mesh, replicated
 from bitgen.pixels import from_uint8
 
 
@@ -25,8 +25,7 @@ def run(config: Any, workdir: Path) -> None:
     tokenizer = model_directory.load(config.tokenizer, "tokenizer", replicated(mesh))
     source = config.data.copy_and_resolve_references()
     source.split, source.image_size = settings.split, tokenizer.module.image_size
-    shards = shards_of_batch(mesh)
-    size = -(-settings.batch_size // shards) * shards
+    size = even_batch(settings.batch_size, mesh)
     batches = data.make_batches(source, batch_size=size, seed=config.seed, training=False)
     module, total = tokenizer.module, batches.num_examples
     writer = PackedWriter(
