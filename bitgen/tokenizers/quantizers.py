@@ -1,0 +1,149 @@
+"""Quantisers: an encoder's output to bits, and bits to the codes that a decoder reads.
+
+Each has `bits`, `codes` and `__call__`, the training path whose gradient passes straight through.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from bitgen.errors import choose
+
+
+class Quantized(NamedTuple):
+    """What the training path of a quantiser gives."""
+
+    codes: Float[Array, "*b k"]  # float32; its gradient is that of the quantiser's input
+    bits: Bool[Array, "*b k"]
+    losses: dict[str, Float[Array, ""]]  # name to scalar: code, entropy, commitment
+
+
+@dataclasses.dataclass(frozen=True)
+class Bernoulli:
+    """Bits drawn with probability sigmoid(z), codes 0 and 1 (arXiv 2304.04820)."""
+
+    deterministic: bool = False  # round instead of drawing bits in training
+
+    def bits(self, z: Float[Array, "*b k"]) -> Bool[Array, "*b k"]:
+        """Returns the more probable value of each bit."""
+        return z > 0
+
+    def codes(self, bits: Bool[Array, "*b k"]) -> Float[Array, "*b k"]:
+        """Returns 0 and 1."""
+        return bits.astype(jnp.float32)
+
+    def __call__(self, z: Float[Array, "*b k"], key: PRNGKeyArray | None = None) -> Quantized:
+        """Returns codes for logits z; bits are drawn with `key`, rounded without one."""
+        z = z.astype(jnp.float32)
+        probs = jax.nn.sigmoid(z)
+        drawn = key is not None and not self.deterministic
+        bits = jax.random.bernoulli(key, probs) if drawn else self.bits(z)
+        uncertain = jax.nn.sigmoid(probs) * jax.nn.sigmoid(-probs)
+        return Quantized(
+            straight_through(self.codes(bits), probs), bits, {"code": jnp.mean(uncertain)}
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Sign:
+    """Signs in groups, codes -1 and 1: the grouped, lookup-free quantiser of BitDance ("GFQ")."""
+
+    groups: int = 4
+    temperature: float = 0.01
+
+    def bits(self, z: Float[Array, "*b k"]) -> Bool[Array, "*b k"]:
+        """Returns which values are positive; 0 counts as negative."""
+        return z > 0
+
+    def codes(self, bits: Bool[Array, "*b k"]) -> Float[Array, "*b k"]:
+        """Returns -1 and 1."""
+        return bits.astype(jnp.float32) * 2 - 1
+
+    def __call__(self, z: Float[Array, "*b k"], key: PRNGKeyArray | None = None) -> Quantized:
+        """Returns the signs of z, and losses that pull z to them and spread them over all codes."""
+        del key
+        z = z.astype(jnp.float32)
+        bits = self.bits(z)
+        codes = self.codes(bits)
+        sample, batch = self.entropies(z)
+        commitment = jnp.mean(jnp.square(z - codes))
+        losses = {"entropy": sample - batch, "commitment": commitment}
+        return Quantized(straight_through(codes, z), bits, losses)
+
+    def entropies(self, z: Float[Array, "*b k"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """Returns the mean entropy of a group's code and the entropy of the mean, in nats."""
+        size = z.shape[-1] // self.groups
+        z = z.reshape(-1, size)  # [m groups, k / groups]
+        logits = 2 * z @ jnp.asarray(_all_codes(size)).T / self.temperature
+        log_probs = jax.nn.log_softmax(logits)
+        probs = jnp.exp(log_probs)
+        mean = probs.mean(0)
+        return -jnp.sum(probs * log_probs) / len(z), -jnp.sum(mean * jnp.log(mean + 1e-5))
+
+
+@dataclasses.dataclass(frozen=True)
+class Spherical:
+    """Signs of a vector on the unit sphere, codes -1/sqrt(k) and 1/sqrt(k) (arXiv 2406.07548)."""
+
+    inverse_temperature: float = 100.0
+    diversity: float = 1.0
+
+    def bits(self, z: Float[Array, "*b k"]) -> Bool[Array, "*b k"]:
+        """Returns which values are positive; 0 counts as negative."""
+        return z > 0
+
+    def codes(self, bits: Bool[Array, "*b k"]) -> Float[Array, "*b k"]:
+        """Returns points on the unit sphere."""
+        return (bits.astype(jnp.float32) * 2 - 1) / bits.shape[-1] ** 0.5
+
+    def __call__(self, z: Float[Array, "*b k"], key: PRNGKeyArray | None = None) -> Quantized:
+        """Returns the code nearest to z on the sphere, and entropy and commitment losses."""
+        del key
+        z = normalized(z.astype(jnp.float32))
+        bits = self.bits(z)
+        codes = self.codes(bits)
+        sample, batch = self.entropies(z)
+        entropy = (sample - self.diversity * batch) / self.inverse_temperature
+        commitment = jnp.mean(jnp.sum(jnp.square(z - codes), -1))
+        losses = {"entropy": entropy, "commitment": commitment}
+        return Quantized(straight_through(codes, z), bits, losses)
+
+    def entropies(self, z: Float[Array, "*b k"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """Returns the mean entropy of a code and the entropy of the mean, bits independent."""
+        probs = jax.nn.sigmoid(4 * z / z.shape[-1] ** 0.5 * self.inverse_temperature)
+        probs = probs.reshape(-1, z.shape[-1])
+        return binary_entropy(probs).sum(-1).mean(), binary_entropy(probs.mean(0)).sum()
+
+
+QUANTIZERS: dict[str, Any] = {"bernoulli": Bernoulli, "sign": Sign, "spherical": Spherical}
+
+
+def make_quantizer(name: str, **settings: Any) -> Any:
+    """Returns a quantiser by name; raises UserError for another name."""
+    return choose("quantizer", name, QUANTIZERS)(**settings)
+
+
+def straight_through(codes: Float[Array, "*b"], soft: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    """Returns `codes` with the gradient of `soft`."""
+    return soft + jax.lax.stop_gradient(codes - soft)
+
+
+def normalized(z: Float[Array, "*b k"]) -> Float[Array, "*b k"]:
+    """Returns z on the unit sphere; zero stays zero."""
+    norm = jnp.sqrt(jnp.sum(z * z, axis=-1, keepdims=True) + 1e-24)
+    return z / norm
+
+
+def binary_entropy(probs: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    """Returns the entropy of coins, in nats."""
+    return -(probs * jnp.log(probs + 1e-8) + (1 - probs) * jnp.log(1 - probs + 1e-8))
+
+
+def _all_codes(size: int) -> np.ndarray:
+    """-> every code of a group in {-1, 1}, [2^size, size]."""
+    numbers = np.arange(2**size)[:, None] >> np.arange(size)
+    return (numbers & 1).astype(np.float32) * 2 - 1
