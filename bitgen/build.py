@@ -10,10 +10,21 @@ from ml_collections import ConfigDict
 
 from bitgen.errors import UserError, choose
 from bitgen.generators.bigr import BiGR
+from bitgen.generators.bitdance import BitDance
 from bitgen.tokenizers.binary_ae import BinaryAutoencoder
+from bitgen.tokenizers.bitvae import BitVAE
+from bitgen.tokenizers.conv_ae import ConvAutoencoder
+from bitgen.tokenizers.dcae import DCAE
+from bitgen.tokenizers.gfq_ae import GFQAutoencoder
 
-TOKENIZERS: dict[str, type[nn.Module]] = {"binary_ae": BinaryAutoencoder}
-GENERATORS: dict[str, type[nn.Module]] = {"bigr": BiGR}
+TOKENIZERS: dict[str, type[nn.Module]] = {
+    "binary_ae": BinaryAutoencoder,
+    "bitvae": BitVAE,
+    "conv_ae": ConvAutoencoder,
+    "dcae": DCAE,
+    "gfq_ae": GFQAutoencoder,
+}
+GENERATORS: dict[str, type[nn.Module]] = {"bigr": BiGR, "bitdance": BitDance}
 FAMILIES = {"tokenizer": TOKENIZERS, "generator": GENERATORS}
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -48,9 +59,9 @@ def make_module(kind: str, family: str, fields: dict[str, Any]) -> Any:
     if isinstance(values.get("dtype"), str):
         values["dtype"] = choose("dtype", values["dtype"], DTYPES)
     module = FAMILIES[kind][family](**values)
-    if family == "bigr" and module.width % (4 * module.heads):
+    if kind == "generator" and module.width % (4 * module.heads):
         raise UserError(
-            f"bigr needs width / heads divisible by 4 for its 2-D rotary positions, "
+            f"{family} needs width / heads divisible by 4 for its 2-D rotary positions, "
             f"got width {module.width} and heads {module.heads}"
         )
     return module

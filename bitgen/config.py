@@ -9,11 +9,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from bitgen import build, data
-from bitgen.samplers.masked import MaskedPlan
+from bitgen.samplers.images import default_plan
 
 
-def base() -> Any:
-    """Returns the settings that every config shares."""
+def base(generator: str = "bigr") -> Any:
+    """Returns the settings that every config shares, with the sampler of a family of generators."""
     config: Any = ConfigDict()
     config.seed = 0
     config.tokenizer = ""  # model directory; read by every task and mode but tokenizer training
@@ -25,6 +25,11 @@ def base() -> Any:
     config.train.task = ""  # tokenizer | generator
     config.train.steps = 100_000
     config.train.batch_size = 64  # over all devices
+    # A step takes its batch in so many equal parts, one after another, in the memory of a part.
+    config.train.accumulate = 1
+    # Patterns of paths of the model's parameters that do not change: of a tokenizer,
+    # ("^encoder/", "^quantizer/") trains the decoder alone and leaves all bits as they are.
+    config.train.freeze = ()
     config.train.log_every = 100
     config.train.preview_every = 5_000  # pictures; 0: none
     config.train.preview_images = 32
@@ -48,12 +53,13 @@ def base() -> Any:
     config.optim.ema_every = 1  # steps
 
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
-    config.sampler = ConfigDict(dataclasses.asdict(MaskedPlan()))
+    config.sampler = ConfigDict(dataclasses.asdict(default_plan(generator)))
 
     config.sample = ConfigDict()
     config.sample.labels = "all"  # indices and ranges: 0-9,207,360
     config.sample.per_label = 1
     config.sample.batch_size = 64  # over all devices
+    config.sample.decode_batch = 0  # images that a device decodes at a time; 0: all of its batch
     config.sample.columns = 0  # of the grid; 0: per_label, or a square
     config.sample.output = "samples.png"  # below the workdir
 
@@ -87,6 +93,24 @@ def base() -> Any:
     config.tokenize.shard = 8192  # images a file
     config.tokenize.split = "all"
     config.tokenize.views = 2  # 2: also the bits of the flipped image
+
+    config.evaluate = ConfigDict()
+    config.evaluate.kind = "generation"  # or reconstruction, probe
+    # adm | pytorch_fid; random: a small random network, to try things out; none: no features
+    config.evaluate.protocol = "adm"
+    config.evaluate.weights = ""  # file of Inception's weights; '': the one in the cache
+    config.evaluate.samples = ""  # npz or folder; '': of the generator, config.sample's labels
+    config.evaluate.scales = ""  # of guidance, 1,1.5,2: a sweep; '': config.sampler.guidance
+    config.evaluate.reference = ""  # npz (ADM's) or folder; '': config.data
+    config.evaluate.save_reference = ""  # also write its statistics, NAME.npz below the workdir
+    config.evaluate.split = "all"  # of config.data
+    config.evaluate.images = 0  # of config.data at most, evenly spread; 0: all
+    config.evaluate.manifold = 10_000  # of them, how many precision, recall and KID look at
+    config.evaluate.batch_size = 64  # over all devices
+    config.evaluate.lpips = ""  # of reconstruction: hub, file or directory; '': no LPIPS
+    config.evaluate.layers = "all"  # of probe, counted from 0: 0-23, 12
+    config.evaluate.probe_l2 = 1e-4
+    config.evaluate.probe_steps = 100  # of L-BFGS
     return config
 
 
@@ -100,21 +124,26 @@ def tokenizer(family: str, **fields: Any) -> Any:
     config.loss.l2 = 0.0
     config.loss.perceptual_weight = 1.0  # LPIPS (VGG16); 0: none, and no file is needed
     config.loss.perceptual_weights = "hub"  # or a file or directory
-    config.loss.code_weight = 0.0
+    # Of the losses on the code, those that the family does not have are ignored.
+    config.loss.code_weight = 0.0  # certainty of each bit (binary_ae)
+    config.loss.entropy_weight = 0.1  # certain codes, all in use (sign, spherical bits)
+    config.loss.commitment_weight = 0.25  # distance to the code (sign, spherical bits)
     config.loss.gan_weight = 1.0  # 0: no discriminator
     config.loss.gan_start = 30_001  # step
     config.loss.gan_max_weight = 1.0  # bound of the adaptive weight
     config.loss.gan_augment = False  # DiffAugment: colour and translation
+    config.loss.lecam_weight = 0.0  # LeCam regularisation, arXiv 2104.03310
     config.loss.discriminator_width = 64
     config.loss.discriminator_layers = 3
-    # Reconstruction losses see pixels in [0, 1], as the binary autoencoder's authors train it.
-    config.loss.pixel_range = (0.0, 1.0)
+    # What reconstruction losses and the discriminator see: [0, 1] as the binary autoencoder's
+    # authors train it; LPIPS was made for [-1, 1].
+    config.loss.pixel_range = (0.0, 1.0) if family == "binary_ae" else (-1.0, 1.0)
     return config
 
 
 def generator(family: str, **fields: Any) -> Any:
     """Returns the settings for training a generator of a family."""
-    config = base()
+    config = base(family)
     config.model = build.model_config("generator", family, **fields)
     config.train.task = "generator"
     return config

@@ -1,12 +1,15 @@
-"""Optimiser, schedule and decay mask from a config."""
+"""Optimiser, schedule, frozen parameters and accumulated gradients."""
 
 import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from bitgen.errors import choose
+from bitgen.errors import UserError, choose
 
 
 def make_schedule(config: Any, steps: int) -> optax.Schedule:
@@ -32,16 +35,18 @@ def make_schedule(config: Any, steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, after], [config.warmup])
 
 
-def make_optimiser(config: Any, steps: int) -> optax.GradientTransformation:
+def make_optimiser(
+    config: Any, steps: int, freeze: Sequence[str] = ()
+) -> optax.GradientTransformation:
     """Returns clipping, Adam or AdamW, and the schedule.
 
-    Weight decay leaves out leaves whose path matches any of `config.no_decay`.
+    Weight decay leaves out leaves whose path matches any of `config.no_decay`. Leaves that match
+    any of `freeze` are not changed at all, have no moments, and no part in the clipped norm.
     """
 
     def decayed(params):
         def one(path, _):
-            name = "/".join(str(k.key) for k in path)
-            return not any(re.search(pattern, name) for pattern in config.no_decay)
+            return not any(re.search(pattern, path_name(path)) for pattern in config.no_decay)
 
         return jax.tree_util.tree_map_with_path(one, params)
 
@@ -55,4 +60,92 @@ def make_optimiser(config: Any, steps: int) -> optax.GradientTransformation:
     optimiser = choose("optimiser", config.name, optimisers)()
     if config.clip > 0:
         optimiser = optax.chain(optax.clip_by_global_norm(config.clip), optimiser)
-    return optimiser
+    if not freeze:
+        return optimiser
+
+    def labels(params):
+        return jax.tree.map(lambda t: "trained" if t else "frozen", trained(params, freeze))
+
+    return optax.multi_transform({"trained": optimiser, "frozen": optax.set_to_zero()}, labels)
+
+
+def trained(params: PyTree, freeze: Sequence[str]) -> PyTree:
+    """Returns which leaves no pattern of `freeze` is found in the path of: a tree of bools.
+
+    Raises UserError for a pattern that is in no path or is no regular expression.
+    """
+    paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    for pattern in freeze:
+        try:
+            found = any(re.search(pattern, path) for path in paths)
+        except re.error as error:
+            raise UserError(
+                f"config.train.freeze: {pattern!r} is no regular expression ({error})"
+            ) from error
+        if not found:
+            some = ", ".join(paths[:: max(len(paths) // 4, 1)][:5])
+            raise UserError(
+                f"config.train.freeze: {pattern!r} is in the path of no parameter; "
+                f"some paths are {some}"
+            )
+
+    def one(path, _):
+        return not any(re.search(pattern, path_name(path)) for pattern in freeze)
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def where_trained(mask: PyTree, new: PyTree, old: PyTree) -> PyTree:
+    """Returns the leaves of `new` that are trained, and those of `old` that are frozen."""
+    return jax.tree.map(lambda t, n, o: n if t else o, mask, new, old)
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """Returns a leaf's path as patterns see it: `encoder/conv/kernel`."""
+    return "/".join(str(k.key) for k in path)
+
+
+def accumulate_gradients(
+    loss_fn: Callable[[PyTree, PyTree, PRNGKeyArray], tuple[Float[Array, ""], PyTree]],
+    params: PyTree,
+    batch: PyTree,
+    key: PRNGKeyArray,
+    parts: int,
+) -> tuple[tuple[Float[Array, ""], PyTree], PyTree]:
+    """Returns ((value, metrics), gradients) of `loss_fn(params, batch, key) -> (value, metrics)`.
+
+    With more than one part, all three are means over equal parts of the batch, as `mean_of_parts`
+    takes them, in the memory of one part.
+    """
+    gradient = jax.value_and_grad(loss_fn, has_aux=True)
+    return mean_of_parts(lambda part, key: gradient(params, part, key), batch, key, parts)
+
+
+def mean_of_parts(
+    function: Callable[[PyTree, PRNGKeyArray], PyTree],
+    batch: PyTree,
+    key: PRNGKeyArray,
+    parts: int,
+) -> PyTree:
+    """Returns the mean of `function(part, key)` over parts of the batch, one after another.
+
+    The leaves of `batch` are [b, ...], b a multiple of `parts` times the devices that share it;
+    those of the result are float32. Part i holds the examples i, i + parts, i + 2 parts, ... (of
+    each device its own, so that nothing moves) and has the key folded with i. One part is the whole
+    batch with the key as it is, and its result is not converted.
+    """
+    if parts == 1:
+        return function(batch, key)
+    by_part = jax.tree.map(
+        lambda x: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0), batch
+    )
+
+    def one(total, numbered):
+        i, part = numbered
+        result = function(part, jax.random.fold_in(key, i))
+        return jax.tree.map(lambda t, r: t + r.astype(jnp.float32), total, result), None
+
+    shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], by_part), key)
+    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, jnp.float32), shapes)
+    total, _ = jax.lax.scan(one, zeros, (jnp.arange(parts), by_part))
+    return jax.tree.map(lambda t: t / parts, total)

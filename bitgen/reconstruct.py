@@ -37,26 +37,28 @@ def run(config: Any, workdir: Path) -> None:
         mse = jnp.mean(jnp.square(recon.astype(jnp.float32) - images), axis=(1, 2, 3))
         return recon, 10 * jnp.log10(255.0**2 / jnp.maximum(mse, 1e-3)), bits
 
-    psnr, ones, shown, count = [], [], [], 0
+    psnr, ones, shown, count, tokens = [], [], [], 0, 0
     for batch in batches:
         images = batch["image"]
         real = len(images)
         padded = np.concatenate([images, np.repeat(images[-1:], size - real, axis=0)])
         recon, each, bits = jax.device_get(reconstruct(tokenizer.params, padded))
         psnr.append(each[:real])
-        ones.append(bits[:real].mean((0, 1, 2)) * real)
+        scales = jax.tree.leaves(bits)  # several, or one
+        ones.append(sum(x[:real].sum((0, 1, 2)) for x in scales))
+        tokens = sum(x.shape[1] * x.shape[2] for x in scales)
         if count < 4 * settings.columns:
             shown.append((images, recon[:real]))
         count += real
         if settings.images and count >= settings.images:
             break
-    share = sum(ones) / count
+    share = sum(ones) / (count * tokens)
     result = {
         "tokenizer": str(tokenizer.path),
         "images": count,
         "psnr": float(np.concatenate(psnr).mean()),
         "bits_used": float(np.mean((share > 0) & (share < 1))),
-        "bits_per_image": int(np.prod(tokenizer.module.grid)) * tokenizer.module.bits,
+        "bits_per_image": tokens * tokenizer.module.bits,
     }
     if jax.process_index() == 0:
         above, below = (

@@ -14,8 +14,7 @@ from bitgen.labels import class_names_of, parse_labels
 from bitgen.logging import say
 from bitgen.mesh import even_batch, make_mesh, replicated
 from bitgen.outputs import make_output
-from bitgen.samplers.images import image_keys, image_sampler
-from bitgen.samplers.masked import MaskedPlan
+from bitgen.samplers.images import image_keys, image_sampler, make_plan
 
 
 def run(config: Any, workdir: Path) -> None:
@@ -36,7 +35,7 @@ def run(config: Any, workdir: Path) -> None:
         settings.labels, generator.module.num_classes, class_names_of(generator.info)
     )
     labels = np.repeat(classes, settings.per_label)
-    plan = MaskedPlan(**config.sampler)
+    plan = make_plan(generator.module, config.sampler)
     columns = settings.columns or max(settings.per_label, 1)
     if columns == 1:
         columns = int(np.ceil(np.sqrt(len(labels))))
@@ -54,7 +53,7 @@ def run(config: Any, workdir: Path) -> None:
     )
 
     # Every batch has the same shape, so that there is one program; the last is filled up.
-    sampler = image_sampler(generator.module, tokenizer.module, plan, mesh)
+    sampler = image_sampler(generator.module, tokenizer.module, plan, mesh, settings.decode_batch)
     first = output.next_index
     size = even_batch(min(settings.batch_size, len(labels)), mesh)
     if first:

@@ -1,5 +1,6 @@
 """What training carries from step to step."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
@@ -22,7 +23,7 @@ class TrainState:
     params: dict[str, PyTree]
     opt: dict[str, PyTree]
     ema: PyTree  # of params['model']
-    stats: dict[str, PyTree]  # batch-norm statistics
+    stats: dict[str, PyTree]  # what moves without a gradient, outside of `params`
 
 
 def ema_update(ema: PyTree, params: PyTree, step: jax.Array, decay: float, every: int) -> PyTree:
@@ -32,6 +33,13 @@ def ema_update(ema: PyTree, params: PyTree, step: jax.Array, decay: float, every
         return moved
     move = (step + 1) % every == 0
     return jax.tree.map(lambda e, m: jnp.where(move, m, e), ema, moved)
+
+
+def with_leaves(tree: PyTree, leaves: PyTree) -> PyTree:
+    """Returns nested dicts with the leaves that `leaves`, of some of the same paths, holds."""
+    if not isinstance(leaves, Mapping):
+        return leaves.astype(tree.dtype)
+    return {**tree, **{name: with_leaves(tree[name], part) for name, part in leaves.items()}}
 
 
 def with_params(state: TrainState, params: PyTree, what: str) -> TrainState:

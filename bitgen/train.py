@@ -87,8 +87,8 @@ def _run(config: Any, workdir: Path, stack: contextlib.ExitStack) -> None:
     log = RunLog(workdir)
     stack.callback(log.close)
     stop = _StopSignal()
-    progress, pending, saved = None, [], step
-    leaving = step >= last
+    record = Record(task, info, workdir, feed, checkpoints, log, saved=step)
+    progress, leaving = None, step >= last
     while not leaving:
         waiting = time.monotonic()
         batch = feed.next()
@@ -104,26 +104,8 @@ def _run(config: Any, workdir: Path, stack: contextlib.ExitStack) -> None:
         state, metrics = compiled[stage](state, frozen, batch)
         step += 1
         progress.waited += waited
-        pending.append(metrics)
-
-        # --------------------------------------------------------- log, save
         leaving = step == last or stop.received
-        saving = leaving or step % settings.checkpoint_every == 0
-        if saving or step % settings.log_every == 0:
-            metrics = _finite(jax.device_get(pending), step, workdir, saved)
-            pending = []
-            line, speed = progress.report(step, float(metrics["loss"]))
-            say(line)
-            log.scalars(step, {**task.summarise(metrics), **speed, **_counts(batches)})
-        working = time.monotonic()
-        if settings.preview_every and (leaving or step % settings.preview_every == 0):
-            for name, picture in task.preview(state, feed.preview(settings.preview_images)).items():
-                log.image(step, name, picture)
-        if saving:
-            checkpoints.save(step, state, feed.position)
-            saved = step
-            model_directory.write(workdir / "model", {**info, "steps": step}, state.ema)
-        progress.start += time.monotonic() - working  # what is no training is not timed as such
+        record.after(step, state, metrics, progress, leaving)
 
     # ------------------------------------------------------------------ the end
     checkpoints.wait()
@@ -164,6 +146,52 @@ class Feed:
         return {name: value[:count] for name, value in self.first.items()}
 
 
+@dataclasses.dataclass
+class Record:
+    """What a run leaves in its workdir: numbers, pictures, checkpoints and the averaged model."""
+
+    task: Any
+    info: dict[str, Any]
+    workdir: Path
+    feed: Feed
+    checkpoints: Checkpoints
+    log: RunLog
+    saved: int  # step of the newest checkpoint
+    pending: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    def after(
+        self, step: int, state: TrainState, metrics: dict, progress: Progress, leaving: bool
+    ) -> None:
+        """Logs, draws and saves what is due after a step; when leaving, everything.
+
+        Raises UserError if a loss since the last log is not finite.
+        """
+        settings = self.task.config.train
+        self.pending.append(metrics)
+        saving = leaving or step % settings.checkpoint_every == 0
+        if saving or step % settings.log_every == 0:
+            self._numbers(step, progress)
+        working = time.monotonic()
+        if settings.preview_every and (leaving or step % settings.preview_every == 0):
+            rows = self.feed.preview(settings.preview_images)
+            for name, picture in self.task.preview(state, rows).items():
+                self.log.image(step, name, picture)
+        if saving:
+            self.checkpoints.save(step, state, self.feed.position)
+            self.saved = step
+            info = {**self.info, "steps": step}
+            model_directory.write(self.workdir / "model", info, state.ema)
+        progress.start += time.monotonic() - working  # what is no training is not timed as such
+
+    def _numbers(self, step: int, progress: Progress) -> None:
+        metrics = _finite(jax.device_get(self.pending), step, self.workdir, self.saved)
+        self.pending = []
+        line, speed = progress.report(step, float(metrics["loss"]))
+        say(line)
+        counts = _counts(self.feed.batches)
+        self.log.scalars(step, {**self.task.summarise(metrics), **speed, **counts})
+
+
 class _StopSignal:
     """Notes SIGTERM and SIGINT; the loop ends after the step under way."""
 
@@ -193,12 +221,17 @@ def _finite(metrics: list[dict[str, Any]], step: int, workdir: Path, saved: int)
 
 
 def _check(config: Any, mesh: Any) -> None:
-    shards = shards_of_batch(mesh)
-    if config.train.batch_size % shards:
+    shards, parts = shards_of_batch(mesh), config.train.accumulate
+    if parts < 1:
+        raise UserError(f"config.train.accumulate is a number of parts, 1 or more, got {parts}")
+    if config.train.batch_size % (shards * parts):
+        each = f" in {parts} parts each (config.train.accumulate)" if parts > 1 else ""
         raise UserError(
             f"config.train.batch_size={config.train.batch_size} does not split over {shards} "
-            f"devices; choose a multiple of {shards}"
+            f"devices{each}; choose a multiple of {shards * parts}"
         )
+    if config.train.freeze and config.train.task != "tokenizer":
+        raise UserError("config.train.freeze is for tokenizers alone; leave it empty")
     if config.train.task == "tokenizer" and config.data.image_size != config.model.image_size:
         raise UserError(
             f"config.data.image_size={config.data.image_size} and "

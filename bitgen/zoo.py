@@ -91,12 +91,13 @@ def _bitvae(size: str, rfid_256: float, psnr_256: float, rfid_512: float, psnr_5
         "FoundationVision/Infinity",
         wrapped="vae",
         expected=f"rFID {rfid_256}, PSNR {psnr_256}; 512 px: {rfid_512}, {psnr_512}",
+        hparams={"bits": int(size[1:3])},
     )
 
 
-def _bitdance(size: str, fid: float) -> Entry:
+def _bitdance(size: str, fid: float, **hparams: Any) -> Entry:
     return Entry(
-        f"bitdance_{size.replace('-', '_').replace('X', 'x')}",
+        f"bitdance_{size.replace('-', '_')}",
         "generator",
         "bitdance",
         size,
@@ -107,7 +108,36 @@ def _bitdance(size: str, fid: float) -> Entry:
         wrapped="ema",
         expected=f"FID {fid}",
         tokenizer="bitdance_ae_d16c32",
+        hparams=hparams,
     )
+
+
+def _dcae(size: str, trained: str, expected: str = "", **hparams: Any) -> Entry:
+    return Entry(
+        f"dc_ae_{size}_{trained}",
+        "tokenizer",
+        "dcae",
+        f"{size}, sana" if trained == "sana" else size,
+        512,
+        "model.safetensors",
+        None,
+        f"mit-han-lab/dc-ae-{size}-{trained}-1.0",
+        wrapped="state_dict",  # in .pt files of the same names
+        expected=expected,
+        hparams=hparams,
+    )
+
+
+def _deeper(*widths: int) -> dict[str, Any]:
+    """The settings of f32c32 with more stages of attention."""
+    defaults = build.fields_of("tokenizer", "dcae")
+    words = {"depths": 2, "blocks": "attention", "norms": "rms", "activations": "silu"}
+    more = {"widths": widths} | {name: (word,) * len(widths) for name, word in words.items()}
+    return {
+        f"{side}_{name}": defaults[f"{side}_{name}"] + values
+        for side in ("encoder", "decoder")
+        for name, values in more.items()
+    }
 
 
 _DRIVE = "https://drive.google.com/drive/folders/"
@@ -115,6 +145,24 @@ _L = {"width": 1024, "layers": 24, "heads": 16, "denoiser_width": 1024, "denoise
 _L_512 = {**_L, "grid": (32, 32), "denoiser_width": 1280, "denoiser_layers": 6}
 _XL = {"width": 1280, "layers": 36, "heads": 20, "denoiser_width": 1280, "denoiser_layers": 6}
 _XXL = {"width": 1536, "layers": 48, "heads": 24, "denoiser_width": 1536, "denoiser_layers": 8}
+_F64 = {"latent_channels": 128, **_deeper(2048)}
+_F128 = {"latent_channels": 512, **_deeper(2048, 2048)}
+_SANA = {
+    "encoder_depths": (2, 2, 2, 3, 3, 3),
+    "encoder_blocks": ("res",) * 3 + ("attention_5",) * 3,
+    "decoder_depths": (3,) * 6,
+    "decoder_blocks": ("res",) * 3 + ("attention_5",) * 3,
+    "decoder_norms": ("rms",) * 6,
+    "decoder_activations": ("silu",) * 6,
+    "downsample": "conv",
+    "upsample": "interpolate",
+}
+
+_BITDANCE_L = {"width": 1024, "layers": 32, "heads": 16, "head_width": 1024, "head_layers": 8}
+_BITDANCE_H = {
+    **{"width": 1280, "layers": 40, "heads": 20},
+    **{"head_width": 1280, "head_layers": 12, "head_modulations": 3},
+}
 
 _ENTRIES = (
     # Binary Latent Diffusion, ZeWang95/BinaryLatentDiffusion.
@@ -204,6 +252,26 @@ _ENTRIES = (
     _bitvae("d32", 0.61, 22.7, 0.23, 24.4),
     _bitvae("d64", 0.33, 24.9, 0.15, 26.4),
     _bitvae("d32reg", 0.75, 21.9, 0.32, 23.6),
+    Entry(
+        "bitvae_patchify_d14",
+        "tokenizer",
+        "bitvae",
+        "d14, patches of 2x2",
+        256,
+        "infinity_vae_d56_f8_14_patchify.pth",
+        None,
+        "FoundationVision/Infinity",
+        wrapped="vae",
+        hparams={"bits": 56, "patch": 2, "multipliers": (1, 2, 4, 4)},
+    ),
+    # DC-AE, mit-han-lab/efficientvit; "mix" and "in" are the networks of one size.
+    _dcae("f32c32", "in"),
+    _dcae("f64c128", "in", "512 px: rFID 0.217, PSNR 26.15, SSIM 0.71, LPIPS 0.080", **_F64),
+    _dcae("f128c512", "in", **_F128),
+    _dcae("f32c32", "mix"),
+    _dcae("f64c128", "mix", **_F64),
+    _dcae("f128c512", "mix", **_F128),
+    _dcae("f32c32", "sana", "MJHQ at 1024 px: rFID 0.339, PSNR 29.31", **_SANA),
     # BitDance, shallowdream204/BitDance.
     Entry(
         "bitdance_ae_d16c32",
@@ -216,11 +284,11 @@ _ENTRIES = (
         "shallowdream204/BitDance-ImageNet",
         wrapped="state_dict",
     ),
-    _bitdance("B-1X", 1.68),
-    _bitdance("B-4X", 1.69),
-    _bitdance("B-16X", 1.91),
-    _bitdance("L-1X", 1.31),
-    _bitdance("H-1X", 1.24),
+    _bitdance("B-1x", 1.68),
+    _bitdance("B-4x", 1.69, together=4),
+    _bitdance("B-16x", 1.91, together=16),
+    _bitdance("L-1x", 1.31, **_BITDANCE_L),
+    _bitdance("H-1x", 1.24, **_BITDANCE_H),
 )
 ZOO = {entry.name: entry for entry in _ENTRIES}
 
@@ -261,6 +329,9 @@ def describe(family: str, hparams: Mapping[str, Any]) -> str:
     """Returns the sizes of a model in few words: those of its entry, if it is in the zoo."""
     if entry := find(family, hparams):
         return entry.size
+    if "latent_channels" in hparams:
+        widths = hparams["encoder_widths"]
+        return f"f{2 ** (len(widths) - 1)}c{hparams['latent_channels']}, width {widths[-1]}"
     bits = f"d{hparams['bits']}"
     if "layers" in hparams:
         return f"{bits}, {hparams['layers']} layers of width {hparams['width']}"
@@ -322,8 +393,11 @@ def table() -> str:
 def _file(entry: Entry) -> Path:
     """Returns the checkpoint file, put by hand or downloaded."""
     by_hand = placed(entry)
-    if by_hand.is_file():
-        return by_hand
+    if by_hand.parent.is_dir():
+        for path in by_hand.parent.iterdir():
+            # BitDance's authors renamed their files from 1X to 1x.
+            if path.name.lower() == by_hand.name.lower() and path.is_file():
+                return path
     help_ = f"get {entry.file} from {entry.source} and put it at {by_hand}"
     if entry.repository is None:
         raise UserError(f"{entry.name} is on no hub: {help_}")
@@ -348,7 +422,10 @@ def _convert(file: Path, directory: Path, entry: Entry) -> None:
     # A process of its own: what asks for the model may span hosts and hold the accelerator.
     command = [sys.executable, "-m", "bitgen.convert", str(file), str(directory)]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([*command, f"--model={entry.name}"], env=environment, check=False)
+    # Some of these also hold an average, which the original does not read.
+    weights = ["--weights=model"] if entry.wrapped == "vae" else []
+    command += [*weights, f"--model={entry.name}"]
+    done = subprocess.run(command, env=environment, check=False)
     if done.returncode:
         raise UserError(f"{file} cannot be converted to {entry.name}: see the lines above")
 

@@ -18,13 +18,17 @@ import numpy as np
 from synthetic import synthetic_state_dict
 
 from bitgen import build
-from bitgen.convert import bigr, binary_ae, patchgan
+from bitgen.convert import bigr, binary_ae, bitdance, bitvae, dcae, gfq_ae, patchgan
 from bitgen.convert.rules import import_tensors
 from bitgen.heads.bernoulli import BernoulliHead, chain_times, marginal
 from bitgen.losses.adversarial import PatchDiscriminator
 from bitgen.losses.lpips import lpips_distance, params_from_tensors
+from bitgen.samplers import autoregressive
+from bitgen.samplers.autoregressive import AutoregressivePlan
 from bitgen.samplers.images import image_keys
 from bitgen.samplers.masked import MaskedPlan, sample_bits
+from bitgen.tokenizers.multiscale import MultiScale, area_downsample
+from bitgen.tokenizers.quantizers import normalized
 
 Arrays = dict[str, np.ndarray]
 
@@ -82,6 +86,88 @@ def binary_ae_results(spec: dict, arrays: Arrays, tolerance: float) -> Iterator[
     yield close("code_prob", probs, arrays["code_prob"], tolerance)
     decoded = nchw((apply("decode", nhwc(arrays["bits_in"]) > 0.5) + 1) / 2)
     yield close("decoded", like(decoded, arrays["decoded"]), arrays["decoded"], tolerance)
+
+
+def gfq_ae_results(spec: dict, arrays: Arrays, tolerance: float) -> Iterator[Result]:
+    """BitDance's autoencoder; signs and indices are exact, entropies those of our hidden."""
+    hparams = gfq_ae.hparams_from_reference(spec["hparams"])
+    module = build.make_module("tokenizer", "gfq_ae", hparams)
+    params, _ = import_tensors(
+        gfq_ae.table(hparams), synthetic_state_dict(spec), build.param_shapes(module)
+    )
+
+    def apply(method, x):
+        return jax.jit(lambda p, x: module.apply({"params": p}, x, method=method))(params, x)
+
+    hidden = apply("hidden", nhwc(arrays["image"]))
+    yield close("hidden", nchw(hidden), arrays["hidden"], tolerance)
+    bits = np.asarray(module.quantizer.bits(hidden))
+    yield close("quantized", nchw(bits) * 2.0 - 1, arrays["quantized"], 1e-6)
+    grouped = bits.reshape(-1, module.groups, module.bits // module.groups)
+    indices = (grouped << np.arange(grouped.shape[-1])).sum(-1)  # the first bit is the lowest
+    yield close("indices", indices.T, arrays["indices"], 1e-9)
+    decoded = nchw(apply("decode", nhwc(arrays["codes_in"]) > 0))
+    yield close("decoded", like(decoded, arrays["decoded"]), arrays["decoded"], tolerance)
+    sample, batch = module.quantizer.entropies(hidden)
+    yield close("per_sample_entropy", sample, arrays["per_sample_entropy"], tolerance)
+    yield close("codebook_entropy", batch, arrays["codebook_entropy"], tolerance)
+    loss = module.quantizer(hidden).losses["entropy"]
+    yield close("entropy_aux_loss", loss, arrays["entropy_aux_loss"], tolerance)
+
+
+def bitvae_results(spec: dict, arrays: Arrays, tolerance: float) -> Iterator[Result]:
+    """BitVAE; bits are exact where the reference's value is 1e-4 or more from the sign change."""
+    hparams = bitvae.hparams_from_reference(spec["hparams"])
+    module = build.make_module("tokenizer", "bitvae", hparams)
+    params, _ = import_tensors(
+        bitvae.table(hparams), synthetic_state_dict(spec), build.param_shapes(module)
+    )
+
+    def apply(method, x):
+        return jax.jit(lambda p, x: module.apply({"params": p}, x, method=method))(params, x)
+
+    def golden_bits(prefix):
+        names = (f"{prefix}{i}" for i in range(len(spec["hparams"]["scale_schedule"])))
+        return {name: arrays[name][:, 0] > 0 for name in names}
+
+    images = nhwc(arrays["image"])
+    hidden, bits = apply("hidden", images), apply("encode", images)
+    yield close("hidden", nchw(hidden), arrays["hidden"], tolerance)
+    coarser = ()
+    for ours, (name, golden) in zip(bits, golden_bits("bits_scale").items(), strict=True):
+        left = hidden - MultiScale().codes(coarser, hidden.shape[1:3])
+        unsure = np.abs(normalized(area_downsample(left, golden.shape[1:3]))) < 1e-4
+        errors = 2.0 * ((np.asarray(ours) != golden) & ~unsure)
+        yield Result(name, np.asarray(ours, float), golden.astype(float), errors, "of no bit")
+        coarser = (*coarser, golden)
+    yield close("quantized", nchw(apply("codes", bits)), arrays["quantized"], tolerance)
+    images = np.clip(nchw(apply("decode", bits)), -1, 1)
+    yield close("reconstruction", images, arrays["reconstruction"], tolerance)
+    if "random_bits_decoded" in arrays:
+        bits = tuple(golden_bits("random_bits_scale").values())
+        codes = nchw(apply("codes", bits))[:, :, None]
+        name = "random_bits_summed_codes"
+        yield close(name, codes, arrays[name], tolerance)
+        images = np.clip(nchw(apply("decode", bits)), -1, 1)
+        yield close("random_bits_decoded", images, arrays["random_bits_decoded"], tolerance)
+
+
+def dcae_results(spec: dict, arrays: Arrays, tolerance: float) -> Iterator[Result]:
+    """DC-AE in evaluation mode."""
+    hparams = dcae.hparams_from_reference(spec["hparams"])
+    hparams["image_size"] = arrays["image"].shape[-1]
+    module = build.make_module("tokenizer", "dcae", hparams)
+    params, _ = import_tensors(
+        dcae.table(hparams), synthetic_state_dict(spec), build.param_shapes(module)
+    )
+
+    def apply(method, x):
+        return jax.jit(lambda p, x: module.apply({"params": p}, x, method=method))(params, x)
+
+    latents = nchw(apply("encode", nhwc(arrays["image"])))
+    yield close("latent", latents, arrays["latent"], tolerance)
+    decoded = nchw(apply("decode", nhwc(arrays["latent_in"])))
+    yield close("decoded", decoded, arrays["decoded"], tolerance)
 
 
 def patchgan_results(spec: dict, arrays: Arrays, tolerance: float) -> Iterator[Result]:
@@ -219,15 +305,102 @@ def statistics(module: Any, params: Any, spec: dict, arrays: Arrays) -> Iterator
     )
 
 
+def bitdance_results(spec: dict, arrays: Arrays, tolerance: float) -> Iterator[Result]:
+    """BitDance: transformer, head, loss, flow, and statistics of the whole sampler."""
+    hparams = bitdance.hparams_from_reference(spec["hparams"])
+    module = build.make_module("generator", "bitdance", hparams)
+    params, _ = import_tensors(
+        bitdance.table(hparams), synthetic_state_dict(spec), build.param_shapes(module)
+    )
+    groups = (-1, module.together, module.token_bits)
+
+    def apply(*args, method):
+        return module.apply({"params": params}, *args, method=method)
+
+    def like(ours, name):
+        """One token at a time, the original has no axis for those that are drawn together."""
+        return close(name, np.asarray(ours).reshape(arrays[name].shape), arrays[name], tolerance)
+
+    bits, labels = jnp.asarray(nhwc(arrays["codes"])) > 0, jnp.asarray(arrays["label"], jnp.int32)
+    yield like(apply(bits, labels, method="hidden"), "head_cond")
+    yield like(apply(bits, method="order") * 2.0 - 1, "head_target")
+
+    def grouped(name, last=module.token_bits):
+        return jnp.asarray(arrays[name]).reshape(-1, module.together, last)
+
+    def head(*args, method):
+        return apply(*args, method=lambda m, *a: getattr(m.head, method)(*a))
+
+    z, cond = grouped("net_z"), grouped("net_c", module.width)
+    yield like(head(z, jnp.asarray(arrays["net_t"]), cond, method="predict"), "net_out")
+    losses, _ = head(
+        grouped("loss_x"),
+        jnp.asarray(arrays["loss_normal_for_t"]),
+        grouped("loss_noise"),
+        head(cond, method="embed_cond"),
+        method="loss_given",
+    )
+    yield like(losses.mean(), "loss")
+    conds = grouped("em_cond_then_uncond", module.width)
+    half, steps = len(conds) // 2, int(arrays["em_steps"])
+    noises = jnp.asarray(arrays["em_noises"]).reshape(steps, half, *groups[1:])
+    noise = jnp.concatenate([grouped("em_x_init")[None], noises])
+    out = head(
+        conds[:half], conds[half:], lambda i: noise[i], steps, float(arrays["em_cfg"]),
+        method="sample_given",
+    )  # fmt: skip
+    yield like(jnp.concatenate([out, out]), "em_out")
+
+    pattern = r"sample_code_mean_(\d+)_label(\d+)_steps(\d+)_cfg([\d.]+)(\D+)"
+    name, found = next((n, m) for n in arrays if (m := re.fullmatch(pattern, n)))
+    count, label, steps, cfg, schedule = found.groups()
+    plan = AutoregressivePlan(float(cfg), schedule, head_steps=int(steps))
+    n = int(count)
+    labels = jnp.full((n,), int(label))
+    bits = jax.jit(lambda p, k: autoregressive.sample_bits(module, p, labels, k, plan))(
+        params, image_keys(0, np.arange(n))
+    )
+    codes = nchw(bits).astype(np.float64) * 2 - 1
+    yield from moments(codes, name, "sample_code_cov_first64", arrays, n)
+
+
+def moments(
+    codes: np.ndarray, mean_name: str, cov_name: str, arrays: Arrays, n: int
+) -> Iterator[Result]:
+    """Mean and covariance of n samples of -1 and 1, in standard errors of the difference."""
+    mean, golden = codes.mean(0), arrays[mean_name].astype(np.float64)
+    error = np.sqrt(2 * np.maximum(1 - golden**2, 4 / n) / n)
+    errors = np.abs(mean - golden) / error / 5
+    yield Result(mean_name, mean, golden, errors, "of 5 standard errors")
+    golden = arrays[cov_name].astype(np.float64)
+    cov = np.cov(codes.reshape(n, -1)[:, : len(golden)].T)
+    variances = np.maximum(np.diag(golden), 4 / n)
+    error = np.sqrt(2 * (np.outer(variances, variances) + golden**2) / n)
+    # Thousands of entries: one more standard error keeps chance out.
+    errors = np.abs(cov - golden) / error / 6
+    yield Result(cov_name, cov, golden, errors, "of 6 standard errors")
+
+
 # Family -> (what compares it, arrays that are only inputs).
 FAMILIES: dict[str, tuple[Callable[[dict, Arrays, float], Iterator[Result]], str]] = {
     "binary_ae": (binary_ae_results, "image bits_in"),
+    "gfq_ae": (gfq_ae_results, "image codes_in"),
+    "bitvae": (
+        bitvae_results,
+        "image " + " ".join(f"random_bits_scale{i}" for i in range(7)),
+    ),
+    "dcae": (dcae_results, "image latent_in"),
     "patchgan_discriminator": (patchgan_results, "image"),
     "lpips": (lpips_results, "image0 image1"),
     "bigr": (
         bigr_results,
         "bits label mask denoiser_x_t denoiser_t0 denoiser_c train_x0 train_t train_uniform "
         "chain_cond_then_uncond chain_uniforms chain_temp chain_cfg",
+    ),
+    "bitdance": (
+        bitdance_results,
+        "codes label net_z net_t net_c loss_x loss_normal_for_t loss_noise em_cond_then_uncond "
+        "em_x_init em_noises em_steps em_cfg",
     ),
 }
 

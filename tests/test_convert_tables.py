@@ -14,13 +14,20 @@ import pytest
 import torch
 
 from bitgen import build
-from bitgen.convert import bigr, binary_ae, patchgan
+from bitgen.convert import bigr, binary_ae, bitdance, bitvae, dcae, gfq_ae, patchgan
 from bitgen.convert.rules import export_tensors, import_tensors, plan_import
 from bitgen.errors import UserError
 from bitgen.losses.adversarial import PatchDiscriminator
 
 MANIFESTS = Path(__file__).parent / "manifests"
-FAMILIES = {"binary_ae": ("tokenizer", binary_ae), "bigr": ("generator", bigr)}
+FAMILIES = {
+    "binary_ae": ("tokenizer", binary_ae),
+    "bigr": ("generator", bigr),
+    "bitdance": ("generator", bitdance),
+    "gfq_ae": ("tokenizer", gfq_ae),
+    "bitvae": ("tokenizer", bitvae),
+    "dcae": ("tokenizer", dcae),
+}
 RELEASED = sorted(path.name.removesuffix(".json.gz") for path in MANIFESTS.glob("*.json.gz"))
 SMALL_BAE = {
     "width": 32,
@@ -82,9 +89,29 @@ def test_all_released_files_of_the_two_families_are_here():
         "bigr_bae_d24",
         "bigr_bae_d32",
         "bigr_bae_d32_512",
+        "bitdance_B_16x",
+        "bitdance_B_1x",
+        "bitdance_B_4x",
+        "bitdance_H_1x",
+        "bitdance_L_1x",
+        "bitdance_ae_d16c32",
+        "bitvae_d16",
+        "bitvae_d24",
+        "bitvae_d32",
+        "bitvae_d64",
+        "bitvae_patchify_d14",
         "bld_bae_c128",
         "bld_bae_c32",
         "bld_bae_c64",
+        "dc_ae_f128c512_in",
+        "dc_ae_f32c32_in",
+        "dc_ae_f32c32_sana",
+        "dc_ae_f64c128_in",
+        "dcae_03",
+        "dcae_04",
+        "dcae_05",
+        "dcae_06",
+        "dcae_07",
     ]
 
 
@@ -96,6 +123,7 @@ def test_every_released_tensor_and_every_leaf_is_used_once(name):
     assert len(plan.leaves) == len(jax.tree.leaves(target))
     fills = {fill.torch for fill in plan.fills}
     constants = {n for n in shapes if n.startswith("diffusion_processor.scheduler.")}
+    constants |= {n for n in shapes if n.endswith("lfq.mask")}
     # The groups do not overlap and leave nothing out.
     groups = [fills, plan.aliases, plan.carried, constants]
     assert sorted(n for group in groups for n in group) == sorted(shapes)
@@ -109,7 +137,9 @@ def test_export_writes_exactly_the_released_names_and_shapes(name):
     # Arrays of one element in memory: export copies one tensor at a time.
     params = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), target)
     carried = {
-        n: np.broadcast_to(np.float32(0), s) for n, s in shapes.items() if n.startswith("disc.")
+        n: np.broadcast_to(np.float32(0), s)
+        for n, s in shapes.items()
+        if n.startswith(("disc.", "vae."))
     }
     written = {n: x.shape for n, x in export_tensors(table, params, carried, hparams, target)}
     assert written == shapes
@@ -123,7 +153,9 @@ def test_sizes_are_recognised_from_the_file_alone(name):
     assert other.recognise(shapes) is None
 
 
-@pytest.mark.parametrize("name", ["bigr_bae_d24", "bigr_L_d24"])
+@pytest.mark.parametrize(
+    "name", ["bigr_bae_d24", "bigr_L_d24", "bitdance_B_4x", "bitvae_d16", "dc_ae_f32c32_in"]
+)
 def test_one_fault_does_not_hide_the_sizes_and_is_named(name):
     family, hparams, shapes, target = released(name)
     layout = family.wrapping(shapes)
@@ -137,7 +169,9 @@ def test_one_fault_does_not_hide_the_sizes_and_is_named(name):
             plan_import(family.table(hparams, **layout), without, target)
 
 
-@pytest.mark.parametrize("name", ["bigr_bae_d24", "bigr_L_d24"])
+@pytest.mark.parametrize(
+    "name", ["bigr_bae_d24", "bigr_L_d24", "bitdance_B_4x", "bitvae_d16", "dc_ae_f32c32_in"]
+)
 def test_a_misshaped_or_unknown_tensor_is_named(name):
     family, hparams, shapes, target = released(name)
     table = family.table(hparams, **family.wrapping(shapes))

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from bitgen import data
-from bitgen.data.examples import split_indices
+from bitgen.data.examples import crop_share, split_indices
 from bitgen.errors import UserError
 
 
@@ -187,6 +187,56 @@ def test_every_crop_gives_the_size(images, crop):
     assert next(make(config(images, crop=crop, image_size=9)))["image"].shape == (4, 9, 9, 3)
 
 
+def fading(images, **changes):
+    """Settings where a random crop is never the centre crop; an epoch is 23 images."""
+    scale = {"crop_scale_min": 0.4, "crop_scale_max": 0.5}
+    fade = {"crop_fade_start": 2, "crop_fade_end": 6}
+    return config(images, split="all", crop="random", **{**scale, **fade, **changes})
+
+
+def test_the_share_of_random_crops_by_epoch():
+    assert [crop_share(epoch, 2, 6) for epoch in range(8)] == [1, 1, 1, 0.75, 0.5, 0.25, 0, 0]
+    assert [crop_share(epoch, 700, 750) for epoch in (0, 700, 725, 749, 750)] == [
+        *(1, 1, 0.5),
+        *(pytest.approx(0.02), 0),
+    ]
+    assert crop_share(10**6, -1, -1) == 1
+
+
+def test_the_random_crop_fades_to_the_centre_crop_and_the_flip_stays(images):
+    c = fading(images)
+    plain = {i: b["image"][0] for b in make(c, False, 1) for i in ids([b])}
+    centre = np.zeros(8)
+    mirrored = 0
+    for seed in range(8):
+        for epoch, batch in enumerate(take(make(c, batch_size=23, seed=seed), 8)):
+            for i, image in zip(ids([batch]), batch["image"], strict=True):
+                flipped = np.array_equal(image, plain[i][:, ::-1])
+                centre[epoch] += flipped or np.array_equal(image, plain[i])
+                mirrored += flipped and epoch >= 6
+    shares = centre / (8 * 23)
+    assert shares[:3].tolist() == [0, 0, 0]
+    np.testing.assert_allclose(shares[3:6], [0.25, 0.5, 0.75], atol=0.12)
+    assert shares[6:].tolist() == [1, 1]
+    assert 140 < mirrored < 230  # of 368
+
+
+def test_a_fade_resumes_exactly_with_other_threads_processes_and_batch_size(images):
+    batches = make(fading(images), batch_size=4)
+    take(batches, 18)  # 72 examples: in epoch 3
+    state = json.loads(json.dumps(batches.get_state()))
+    rest = np.concatenate([b["image"] for b in take(batches, 18)])  # up to epoch 6
+    parts = []
+    for process in range(2):
+        other = make(
+            fading(images, threads=1), batch_size=8, process_index=process, process_count=2
+        )
+        other.set_state(state)
+        parts.append([b["image"] for b in take(other, 9)])
+    again = np.concatenate([part for pair in zip(*parts, strict=True) for part in pair])
+    np.testing.assert_array_equal(again, rest)
+
+
 def test_bits_give_one_view_and_flip_gives_either(bits):
     c = config(bits, source="bits", split="all", flip=True)
     batch = np.concatenate([b["bits"] for b in take(make(c), 40)])
@@ -269,7 +319,7 @@ def test_state_of_other_data_or_seed_is_refused(images):
 
 
 def test_worker_processes_give_the_same_batches_and_resume(images):
-    c = config(images, split="all", crop="random")
+    c = fading(images, crop_fade_start=0, crop_fade_end=2)
     expected = take(make(c), 12)
     c.workers = 1
     batches = make(c)
@@ -429,6 +479,8 @@ def test_a_bits_folder_is_written_around_broken_files_and_resumed(broken, tmp_pa
             "split 'test' of 23 examples with holdout=0.0 is empty",
         ),
         ({"crop_scale_min": 1.2}, "0 < crop_scale_min <= crop_scale_max <= 1, got 1.2 and 1.0"),
+        ({"crop_fade_start": 5}, "0 <= crop_fade_start < crop_fade_end, .* got 5 and -1"),
+        ({"crop_fade_start": 5, "crop_fade_end": 5}, "or -1 for both, got 5 and 5"),
         ({"image_size": 0}, "config.data.image_size is at least 1, got 0"),
         ({"threads": 0}, "config.data.threads is at least 1"),
         ({"workers": -1}, "config.data.workers is at least 0"),

@@ -182,6 +182,19 @@ def test_grid_is_row_by_row_and_filled_with_black():
         images.grid(array, 0)
 
 
+def test_bars_are_as_high_as_their_values():
+    picture = images.bars({"a": np.array([0.0, 0.5, 1.0]), "b": np.array([1.0, 0.25, 2.0])}, 40)
+    assert picture.dtype == np.uint8
+    bar = picture[2 * 14 + 40 :].min(2) < 100  # the second row, without its name
+    columns = [bar[:, 16 * j + 3].sum() for j in range(3)]
+    assert columns == [40, 10, 40]
+    bar = picture[14 : 14 + 40].min(2) < 100
+    assert [bar[:, 16 * j + 3].sum() for j in range(3)] == [0, 20, 40]
+    assert bar[-1, 16 + 3]  # from below
+    assert not bar[0, 16 + 3]
+    assert images.bars({"many": np.ones(2000)}).shape[1] == 4000
+
+
 def test_write_png_is_whole_or_not_there(tmp_path, monkeypatch):
     path = tmp_path / "new" / "a.png"
     array = noise(5, 6)

@@ -30,7 +30,7 @@ def png(value: int) -> bytes:
 
 
 def test_unknown_source_names_the_choices():
-    message = "unknown data source 'lmdb', have ['bits', 'digits', 'folder', 'tar', 'tfds']"
+    message = "unknown data source 'lmdb', have ['bits', 'digits', 'folder', 'npz', 'tar', 'tfds']"
     with pytest.raises(UserError) as error:
         data.make_source(config(source="lmdb"))
     assert str(error.value) == message

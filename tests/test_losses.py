@@ -18,7 +18,7 @@ from bitgen.losses import (
     generator_loss,
     hinge_discriminator_loss,
     last_layer_gradients,
-    start_gate,
+    lecam_loss,
     weighted_loss,
 )
 
@@ -181,10 +181,16 @@ def test_losses_and_weights():
     assert adaptive_weight([recon, recon], {"a": gan}, 1.0) == pytest.approx(0.5**0.5, rel=1e-4)
     slope = jax.grad(lambda g: adaptive_weight(g, gan, 1.0))(recon)
     np.testing.assert_array_equal(slope, 0)
-    steps = jax.jit(jax.vmap(lambda step: start_gate(step, 30_001)))(
-        jnp.array([0, 30_000, 30_001, 10**6])
-    )
-    np.testing.assert_array_equal(steps, [0, 0, 1, 1])
+
+
+def test_lecam_is_the_papers_formula():
+    rng = np.random.default_rng(0)
+    real, fake = rng.normal(0.5, 1, (2, 5, 5, 1)), rng.normal(-0.5, 1, (2, 5, 5, 1))
+    expected = (np.maximum(real + 0.3, 0) ** 2).mean() + (np.maximum(0.8 - fake, 0) ** 2).mean()
+    running = {"real": jnp.float32(0.8), "fake": jnp.float32(-0.3)}
+    real, fake = jnp.asarray(real, jnp.float32), jnp.asarray(fake, jnp.float32)
+    assert lecam_loss(real, fake, running) == pytest.approx(float(expected), rel=1e-5)
+    assert lecam_loss(fake - 9, real + 9, running) == 0  # one-sided
 
 
 @pytest.mark.parametrize("image_scale", [1.0, 2.0])

@@ -9,9 +9,16 @@ import parity
 import pytest
 
 GOLDENS = sorted((Path(__file__).parent / "goldens").glob("*.json"))
+SLOW = {"gfq_ae_d16c32_full"}  # 460M parameters: half a minute and 4 GB
 
 
-@pytest.mark.parametrize("path", GOLDENS, ids=lambda path: path.stem)
+def cases():
+    for path in GOLDENS:
+        marks = [pytest.mark.slow] if path.stem in SLOW else []
+        yield pytest.param(path, id=path.stem, marks=marks)
+
+
+@pytest.mark.parametrize("path", list(cases()))
 def test_golden_reproduces(path):
     for result in parity.compare(path):
         assert result.errors.max() <= 1, f"{result.name}: {result.errors.max():.2f} {result.unit}"

@@ -158,16 +158,25 @@ def test_another_config_in_the_workdir_is_refused(trained):
 
 
 def test_adversarial_stage_starts_at_its_step(tmp_path):
+    """In parts, with LeCam and a frozen encoder."""
     c = small.tokenizer()
     c.model.image_size = c.data.image_size = 16
     c.loss.gan_weight, c.loss.gan_start = 1.0, 2
     c.loss.gan_augment = True
+    c.loss.lecam_weight = 0.1
     c.loss.discriminator_width, c.loss.discriminator_layers = 8, 1
+    c.train.batch_size, c.train.accumulate = 16, 2
+    c.train.freeze = ("^encoder/",)
+    c.train.preview_every = 100
     c.train.steps = 4
     train.run(c, tmp_path)
     rows = metrics(tmp_path)
     assert ["discriminator" in row for row in rows] == [False, False, True, True]
+    assert ["lecam" in row for row in rows] == [False, False, True, True]
     assert all(0 < row["gan_weight"] <= 1 for row in rows[2:])
+    assert all(row["bits_used"] + row["bits_dead"] / 4 == 1 for row in rows)
+    pictures = {path.name for path in (tmp_path / "pictures").iterdir()}
+    assert pictures == {"bits_0000004.png", "reconstructions_0000004.png"}
 
 
 def test_tokenized_bits_are_the_tokenizers(trained):
@@ -271,6 +280,12 @@ def test_reconstruct_measures_every_image(trained, tmp_path):
         ({"model.num_classes": 3}, "10 classes, the generator 3"),
         ({"tokenizer": "nowhere"}, "nowhere is not a model directory"),
         ({"train.batch_size": 6}, "choose a multiple of 8"),
+        (
+            {"train.batch_size": 24, "train.accumulate": 2},
+            r"does not split over 8 devices in 2 parts each .*; choose a multiple of 16",
+        ),
+        ({"train.accumulate": 0}, "1 or more, got 0"),
+        ({"train.freeze": ("^blocks/",)}, "freeze is for tokenizers alone"),
         ({"mesh.data": 3}, "does not fit 8 devices"),
         ({"optim.schedule": "zigzag"}, r"unknown schedule 'zigzag', have \['constant'"),
         ({"train.task": "dance"}, r"unknown task 'dance', have \['generator', 'tokenizer'\]"),

@@ -15,6 +15,7 @@ from bitgen.convert.entries import (
     Rule,
     Shape,
     Transform,
+    count_numbered,
     shape_votes,
     squeeze,
 )
@@ -91,8 +92,8 @@ def recognise(shapes: Mapping[str, Shape]) -> dict[str, Any] | None:
     What no shape tells is that of the released models: 64 channels a head, flips predicted, one
     class token, and our defaults of the norm and of rotary positions.
     """
-    layers = _count(shapes, "layers.")
-    denoiser_layers = _count(shapes, "denoise_mlp.blocks.")
+    layers = count_numbered(shapes, "layers.")
+    denoiser_layers = count_numbered(shapes, "denoise_mlp.blocks.")
     width = shape_votes(shapes, r"layers\.\d+\.(attention|ffn)_norm\.weight", 0)
     hidden = shape_votes(shapes, r"layers\.\d+\.feed_forward\.w[13]\.weight", 0)
     bits = shape_votes(shapes, r"(tok_embeddings|denoise_mlp\.x_embedder)\.weight", 1)
@@ -202,11 +203,3 @@ def _denoiser() -> list[Entry]:
     for torch, ours in names.items():
         entries += _dense(f"denoise_mlp.{torch}", f"denoiser/{ours}")
     return entries
-
-
-def _count(shapes: Mapping[str, Shape], prefix: str) -> int:
-    """One more than the highest number after the prefix."""
-    numbers = (
-        name.removeprefix(prefix).split(".")[0] for name in shapes if name.startswith(prefix)
-    )
-    return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)

@@ -16,7 +16,7 @@ from flax.errors import FlaxError
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bitgen import build, model_directory, zoo
-from bitgen.convert import bigr, binary_ae
+from bitgen.convert import bigr, binary_ae, bitdance, bitvae, dcae, gfq_ae
 from bitgen.convert.entries import Shape
 from bitgen.convert.files import (
     TORCH_SUFFIXES,
@@ -41,6 +41,10 @@ class Family(NamedTuple):
 FAMILIES = {
     "binary_ae": Family("tokenizer", binary_ae, None),
     "bigr": Family("generator", bigr, "ema"),
+    "bitdance": Family("generator", bitdance, "ema"),
+    "gfq_ae": Family("tokenizer", gfq_ae, "state_dict"),
+    "bitvae": Family("tokenizer", bitvae, "vae"),
+    "dcae": Family("tokenizer", dcae, "state_dict"),
 }
 
 
@@ -91,7 +95,7 @@ def import_file(
     aside = sum(math.prod(tensors.shapes[name]) for name in plan.carried)
     check_space(directory, count * to_dtype.itemsize + aside * 4)
 
-    entry = zoo.find(family, hparams)
+    entry = zoo.get(model) if model else zoo.find(family, hparams)
     info = {
         "kind": kind,
         "family": family,
@@ -159,7 +163,7 @@ def _recognise(tensors: Tensors, model: str | None) -> tuple[str, dict[str, Any]
         return family, hparams, words
     if entry.family != family:
         raise UserError(f"{words}; {entry.name} is a {entry.family}")
-    if zoo.describe(family, hparams) != entry.size:
+    if zoo.describe(family, hparams) != zoo.describe(family, zoo.settings(entry)):
         words += f", not {entry.name} ({entry.size})"
     return family, zoo.settings(entry), words
 

@@ -51,12 +51,14 @@ class Rule:
     """One tensor is one of our leaves or, with `stack`, one slice of its leading axis.
 
     `stack` is the placeholder in `torch` that counts the slices; every other one is in `ours` too.
+    `slices` are what it stands for slice by slice, where that is not 0, 1, 2, ...
     """
 
     torch: str
     ours: str
     transform: Transform = SAME
     stack: str | None = None
+    slices: tuple[str, ...] = ()
 
     def __post_init__(self):
         """Raises ValueError if one side has a placeholder that the other cannot fill."""
@@ -167,3 +169,11 @@ def shape_votes(
     matched = (shape for name, shape in shapes.items() if re.fullmatch(pattern, name))
     votes = Counter(int(shape[axis]) for shape in matched if axis < len(shape))
     return votes.most_common(1)[0][0] if votes else default
+
+
+def count_numbered(shapes: Mapping[str, Shape], prefix: str) -> int:
+    """Returns one more than the highest number that follows the prefix in a name, 0 without any."""
+    numbers = (
+        name.removeprefix(prefix).split(".")[0] for name in shapes if name.startswith(prefix)
+    )
+    return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)

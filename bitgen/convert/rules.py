@@ -256,9 +256,12 @@ def _expand(table: Table, leaves: Mapping[str, Shape], faults: Faults) -> list[F
                 fills.append(Fill(rule, render(rule.torch, values), path, None, shape))
             elif not shape:
                 faults.add("unfilled", f"{path} [] (has no leading axis to stack on)")
+            elif rule.slices and len(rule.slices) != shape[0]:
+                faults.add("misshaped", f"our {path} {show(shape)} for {len(rule.slices)} slices")
             else:
                 for i in range(shape[0]):
-                    name = render(rule.torch, {**values, rule.stack: str(i)})
+                    number = rule.slices[i] if rule.slices else str(i)
+                    name = render(rule.torch, {**values, rule.stack: number})
                     fills.append(Fill(rule, name, path, i, shape[1:]))
     return fills
 

@@ -29,9 +29,10 @@ __all__ = [
 def default_config() -> ConfigDict:
     """`config.data` with every key; the comments say what each takes."""
     config = ConfigDict()
-    # digits (scikit-learn's, no download) | folder | tar | tfds | bits
+    # digits (scikit-learn's, no download) | folder | tar | tfds | npz | bits
     config.source = "digits"
     # folder: of PATH/class/name.jpg; tar: ILSVRC2012_img_train.tar or one laid out like it;
+    # npz: a file of image, uint8 [n, H, W, 3], and maybe label [n];
     # bits: what --mode=tokenize wrote; tfds: its data_dir, '' for the default
     config.path = ""
     # tfds: which builder, and which of its splits the data is
@@ -48,6 +49,10 @@ def default_config() -> ConfigDict:
     config.crop = "center"
     config.crop_scale_min = 0.8
     config.crop_scale_max = 1.0
+    # From the first epoch to the last, counted from 0, ever fewer images get that crop, from all to
+    # none, and the others the centre crop; -1: all do, always
+    config.crop_fade_start = -1
+    config.crop_fade_end = -1
     # mirror half of the images; from a bits folder: choose either view
     config.flip = True
     # decoding threads; workers > 0 are processes that decode instead, a batch each

@@ -47,6 +47,10 @@ class _Rows(grain.MapDataset):
         return self._parent[self._start + batch * self._batch + self._first + row]
 
 
+def _with_epoch(count: int, index: int, place: int) -> int:
+    return index // count * count + place
+
+
 def _join(parts: Sequence[list], stack: Callable[[list], dict[str, Any]]) -> dict[str, Any]:
     return stack([example for part in parts for example in part])
 
@@ -124,6 +128,8 @@ class Batches(grain.DatasetIterator):
         order = grain.MapDataset.range(self.num_examples).seed(self._seed)
         if self._load.training:
             order = order.shuffle().repeat()
+        if self._load.training and self._load.fade[0] >= 0:
+            order = order.map_with_index(functools.partial(_with_epoch, self.num_examples))
         examples = order.random_map(self._load)
         first = self._process_index * self._rows
         rows = _Rows(examples, self._next, self._batch_size, first, self._rows)
@@ -257,6 +263,12 @@ def make_batches(
             "config.data needs 0 < crop_scale_min <= crop_scale_max <= 1, got "
             f"{c.crop_scale_min} and {c.crop_scale_max}"
         )
+    fade = (int(c.crop_fade_start), int(c.crop_fade_end))
+    if not 0 <= fade[0] < fade[1] and fade != (-1, -1):
+        raise UserError(
+            "config.data needs 0 <= crop_fade_start < crop_fade_end, epochs, or -1 for both, got "
+            f"{fade[0]} and {fade[1]}"
+        )
     for key, least in {"image_size": 1, "threads": 1, "workers": 0, "prefetch": 1}.items():
         if c[key] < least:
             raise UserError(f"config.data.{key} is at least {least}, got {c[key]}")
@@ -265,7 +277,8 @@ def make_batches(
     if not 0 <= start <= len(indices):
         raise UserError(f"start={start} is outside of the {len(indices)} examples")
     scale = (float(c.crop_scale_min), float(c.crop_scale_max))
-    load = LoadExample(source, indices, training, int(c.image_size), c.crop, scale, bool(c.flip))
+    size, crop, mirror = int(c.image_size), c.crop, bool(c.flip)
+    load = LoadExample(source, indices, training, size, crop, scale, mirror, fade)
     return Batches(
         load,
         c,

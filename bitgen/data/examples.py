@@ -38,6 +38,15 @@ def split_indices(n: int, split: str, holdout: float) -> Int[np.ndarray, " m"]:
     return np.sort(splits[split])
 
 
+def crop_share(epoch: int, start: int, end: int) -> float:
+    """Returns the share of images with the training crop: 1 to 0 from epoch start to end.
+
+    The same throughout an epoch, and always 1 for a negative start; the rule of
+    shallowdream204/BitDance `imagenet_gen/train.py`.
+    """
+    return 1.0 if start < 0 else float(np.clip((end - epoch) / (end - start), 0, 1))
+
+
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class LoadExample(grain.transforms.RandomMap):
     """Place in the split -> example: the unit of work of a thread, given to worker processes."""
@@ -49,14 +58,16 @@ class LoadExample(grain.transforms.RandomMap):
     crop: str
     crop_scale: tuple[float, float]
     flip: bool
+    fade: tuple[int, int] = (-1, -1)
 
     def random_map(self, element: int, rng: np.random.Generator) -> dict[str, Any]:
         """-> the example; one that cannot be read has no label in evaluation.
 
+        `element` is the place, plus the number of places times the epoch where a fade needs it.
         `broken` is None, or the name of the example that cannot be read and why. Raises
         UserError if in training nothing that can be read follows it.
         """
-        place, broken = int(element), ("", "")
+        (epoch, place), broken = divmod(int(element), len(self.indices)), ("", "")
         tries = min(_MOST_IN_A_ROW, len(self.indices)) if self.training else 1
         for attempt in range(tries):
             index = int(self.indices[(place + attempt) % len(self.indices)])
@@ -64,9 +75,10 @@ class LoadExample(grain.transforms.RandomMap):
             try:
                 example = self.source[index]
                 name, label = example["name"], np.int32(example["label"])
-                arrays = (
-                    self._bits(example, rng) if "bits" in example else self._image(example, rng)
-                )
+                if "bits" in example:
+                    arrays = self._bits(example, rng)
+                else:
+                    arrays = self._image(example, crop_share(epoch, *self.fade), rng)
                 found = {**arrays, "label": label, "index": np.int32(place)}
                 return {**found, "broken": broken if attempt else None}
             except (BrokenImage, OSError) as error:
@@ -78,11 +90,14 @@ class LoadExample(grain.transforms.RandomMap):
             )
         return {"broken": broken}
 
-    def _image(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def _image(
+        self, example: dict[str, Any], share: float, rng: np.random.Generator
+    ) -> dict[str, np.ndarray]:
         image = decode(example["image"])
         if not self.training:
             return {"image": center_crop(image, self.image_size)}
-        pixels = CROPS[self.crop](image, self.image_size, rng, *self.crop_scale)
+        crop = self.crop if share == 1 or rng.random() < share else "center"
+        pixels = CROPS[crop](image, self.image_size, rng, *self.crop_scale)
         return {"image": flip(pixels) if self.flip and rng.random() < 0.5 else pixels}
 
     def _bits(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:

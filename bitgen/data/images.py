@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from bitgen.errors import UserError
 
@@ -142,6 +142,24 @@ def paired_grid(
     starts = range(0, len(above) // columns * columns, columns)
     rows = [part[start : start + columns] for start in starts for part in (above, below)]
     return grid(np.concatenate(rows), columns)
+
+
+def bars(values: dict[str, np.ndarray], height: int = 64) -> UInt8[np.ndarray, "H W 3"]:
+    """Draws a row of bars for each name: values [k] in [0, 1], left to right, the name above."""
+    count = max(len(row) for row in values.values())
+    width = max(2, min(16, 960 // count))
+    margin = 14
+    picture = Image.new("RGB", (max(count * width, 120), len(values) * (height + margin)), "white")
+    draw = ImageDraw.Draw(picture)
+    for i, (name, row) in enumerate(values.items()):
+        top = i * (height + margin) + margin
+        draw.text((1, top - margin), name, fill="black")
+        draw.rectangle((0, top, picture.width, top + height - 1), fill=(225, 225, 225))
+        for j, value in enumerate(np.clip(row, 0, 1)):
+            if length := round(float(value) * height):
+                box = (j * width, top + height - length, (j + 1) * width - 2, top + height - 1)
+                draw.rectangle(box, fill=(40, 90, 160))
+    return np.asarray(picture)
 
 
 def write_png(path: str | os.PathLike, image: UInt8[np.ndarray, "H W c"]) -> None:

@@ -7,6 +7,7 @@ from several threads, and can be pickled, which reopens their files on the other
 """
 
 import os
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -121,6 +122,55 @@ def _image_files(root: Path, class_name: str) -> list[str]:
     return sorted(found)
 
 
+class NpzSource:
+    """An npz file with `image`, uint8 `[n, H, W, 3]`, and maybe `label`, integers `[n]` from 0 on.
+
+    It is held in memory; without `label` all images are one class. Raises UserError for a file that
+    is missing, damaged or holds other arrays.
+    """
+
+    def __init__(self, path: str):
+        wanted = "wanted an npz file with image, uint8 [n, H, W, 3], and maybe label, integers [n]"
+        if not path or not os.path.isfile(path):
+            raise UserError(f"npz file {path!r} does not exist; set config.data.path, {wanted}")
+        arrays: dict[str, np.ndarray] = {}
+        try:
+            with open(path, "rb") as file, zipfile.ZipFile(file) as members:
+                present = sorted(name.removesuffix(".npy") for name in members.namelist())
+            with np.load(path) as archive:
+                arrays = {name: archive[name] for name in ("image", "label") if name in archive}
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"npz file {path!r} cannot be read ({error}); {wanted}") from error
+        if "image" not in arrays:
+            raise UserError(f"npz file {path!r} has {present} and no 'image'; {wanted}")
+        images = arrays["image"]
+        labels = arrays.get("label", np.zeros(len(images) if images.ndim else 0, np.int32))
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not images.size:
+            found = f"{images.dtype} {list(images.shape)}"
+            raise UserError(f"image in npz file {path!r} is {found}; {wanted}")
+        whole = np.issubdtype(labels.dtype, np.integer)
+        if not whole or labels.shape != images.shape[:1] or labels.min() < 0:
+            found = f"{labels.dtype} {list(labels.shape)}"
+            raise UserError(
+                f"label in npz file {path!r} is {found} for {len(images)} images, or has negative "
+                f"numbers; {wanted}"
+            )
+        self._images, self._labels = images, labels
+        self.num_classes = int(labels.max()) + 1
+        self.class_names = [str(i) for i in range(self.num_classes)]
+        self.where = path
+
+    def __reduce__(self):
+        return NpzSource, (self.where,)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        label = int(self._labels[index])
+        return {"image": self._images[index], "label": label, "name": f"{self.where} {index}"}
+
+
 class TfdsSource:
     """A TensorFlow Datasets builder, read through its random-access (array_record) files.
 
@@ -177,6 +227,7 @@ SOURCES = {
     "folder": lambda c: FolderSource(c.path),
     "tar": lambda c: TarSource(c.path),
     "tfds": lambda c: TfdsSource(c.builder, c.builder_split, c.path),
+    "npz": lambda c: NpzSource(c.path),
     "bits": lambda c: PackedSource(c.path),
 }
 

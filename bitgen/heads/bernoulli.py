@@ -4,7 +4,6 @@ Bits are noised towards fair coins over T steps (Binary Latent Diffusion, arXiv 
 denoised given the transformer's output for that token (BiGR, arXiv 2410.14672).
 """
 
-import math
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from bitgen.errors import UserError
 from bitgen.nn.norms import Dtype, layer_norm
+from bitgen.nn.sinusoids import sinusoids
 
 _TIME_FREQUENCIES = 256
 
@@ -44,7 +44,7 @@ class BernoulliHead(nn.Module):
 
     def time_table(self) -> Float[Array, "T w"]:
         """Returns the embedding of every step, 0-based."""
-        x = _sinusoids(jnp.arange(self.steps), _TIME_FREQUENCIES).astype(self.dtype)
+        x = sinusoids(jnp.arange(self.steps), _TIME_FREQUENCIES).astype(self.dtype)
         return self.time_out(nn.silu(self.time_in(x)))
 
     def cond_embedding(self, cond: Float[Array, "*b d"]) -> Float[Array, "*b w"]:
@@ -226,12 +226,6 @@ class _Final(nn.Module):
     def __call__(self, x, modulation):
         shift, scale = jnp.split(self.modulation(modulation), 2, axis=-1)
         return self.linear(layer_norm(x) * (1 + scale) + shift)
-
-
-def _sinusoids(t: Int[Array, " m"], size: int) -> Float[Array, "m size"]:
-    frequencies = np.exp(-math.log(10_000) * np.arange(size // 2, dtype=np.float32) / (size // 2))
-    angles = t.astype(jnp.float32)[:, None] * jnp.asarray(frequencies)[None]
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 def _unflip(logits, noisy):

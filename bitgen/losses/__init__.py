@@ -9,7 +9,7 @@ from bitgen.losses.adversarial import (
     generator_loss,
     hinge_discriminator_loss,
     last_layer_gradients,
-    start_gate,
+    lecam_loss,
     weighted_loss,
 )
 
@@ -28,9 +28,9 @@ __all__ = [
     "generator_loss",
     "hinge_discriminator_loss",
     "last_layer_gradients",
+    "lecam_loss",
     "load_lpips",
     "lpips_distance",
     "lpips_shapes",
-    "start_gate",
     "weighted_loss",
 ]

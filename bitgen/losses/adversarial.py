@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from bitgen.errors import UserError
 
@@ -150,9 +150,20 @@ def generator_loss(fake_logits: Float[Array, "..."]) -> Float[Array, ""]:
     return -jnp.mean(fake_logits.astype(jnp.float32))
 
 
-def start_gate(step: Int[Array, ""] | int, start: int) -> Float[Array, ""]:
-    """0.0 before step `start`, 1.0 from it on; `step` may be traced."""
-    return jnp.where(jnp.asarray(step) >= start, 1.0, 0.0).astype(jnp.float32)
+def lecam_loss(
+    real_logits: Float[Array, "..."],
+    fake_logits: Float[Array, "..."],
+    running: dict[str, Float[Array, ""]],
+) -> Float[Array, ""]:
+    """LeCam's regulariser of a discriminator (arXiv 2104.03310); logits of any shape.
+
+    `running` holds the moving averages of the mean logit as "real" and "fake". Squared is by how
+    much a real logit lies above the fake average, and a fake one below the real average: the
+    one-sided form of the authors' code, google/lecam-gan.
+    """
+    above = nn.relu(real_logits.astype(jnp.float32) - running["fake"])
+    below = nn.relu(running["real"] - fake_logits.astype(jnp.float32))
+    return jnp.mean(jnp.square(above)) + jnp.mean(jnp.square(below))
 
 
 def adaptive_weight(
@@ -197,7 +208,7 @@ def last_layer_gradients(
 
         images, hidden = decode(params, ...)
         gradients = last_layer_gradients((recon, gan), images, hidden)
-        weight = adaptive_weight(*gradients.kernels) * start_gate(step, start)
+        weight = adaptive_weight(*gradients.kernels)
         loss = weighted_loss(images, gradients, (1.0, weight))    # under jax.grad of params
 
     Each loss maps float32 images to (scalar, metrics); metrics are passed on as they are.

@@ -24,9 +24,9 @@ def conv(features: int, kernel: int, name: str | None, dtype: Dtype, **options) 
     )
 
 
-def dense(features: int, name: str, dtype: Dtype) -> nn.Dense:
+def dense(features: int, name: str, dtype: Dtype, **options) -> nn.Dense:
     """Returns a 1x1 convolution, written as the matrix product that it is."""
-    return nn.Dense(features, kernel_init=torch_kernel_init, dtype=dtype, name=name)
+    return nn.Dense(features, kernel_init=torch_kernel_init, dtype=dtype, name=name, **options)
 
 
 class ResBlock(nn.Module):
@@ -34,16 +34,17 @@ class ResBlock(nn.Module):
 
     features: int
     dtype: Dtype = jnp.float32
+    use_bias: bool = True  # of the convolutions
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w features"]:
         """Returns x plus the residual branch."""
         y = nn.silu(group_norm("norm1", self.dtype)(x))
-        y = conv(self.features, 3, "conv1", self.dtype)(y)
+        y = conv(self.features, 3, "conv1", self.dtype, use_bias=self.use_bias)(y)
         y = nn.silu(group_norm("norm2", self.dtype)(y))
-        y = conv(self.features, 3, "conv2", self.dtype)(y)
+        y = conv(self.features, 3, "conv2", self.dtype, use_bias=self.use_bias)(y)
         if x.shape[-1] != self.features:
-            x = dense(self.features, "conv_out", self.dtype)(x)
+            x = dense(self.features, "conv_out", self.dtype, use_bias=self.use_bias)(x)
         return x + y
 
 

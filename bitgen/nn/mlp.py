@@ -29,3 +29,25 @@ class SwiGLU(nn.Module):
 
         y = nn.silu(dense(self.hidden, "gate")(x)) * dense(self.hidden, "up")(x)
         return dense(x.shape[-1], "down")(y)
+
+
+class GatedMLP(nn.Module):
+    """A gated feed-forward block whose gate and input are one matrix, with biases by choice."""
+
+    hidden: int
+    features: int
+    use_bias: bool = False
+    kernel_init: nn.initializers.Initializer = nn.initializers.normal(0.02)
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b features"]:
+        """Returns out(silu(gate(x)) * up(x))."""
+        options = {
+            "use_bias": self.use_bias,
+            "kernel_init": self.kernel_init,
+            "dtype": self.dtype,
+        }
+        y = nn.DenseGeneral((2, self.hidden), name="gate_up", **options)(x)  # [..., 2, hidden]
+        y = nn.silu(y[..., 0, :]) * y[..., 1, :]
+        return nn.Dense(self.features, name="out", **options)(y)

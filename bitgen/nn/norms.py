@@ -12,15 +12,59 @@ class RMSNorm(nn.Module):
     """Root-mean-square norm with a learned scale (Zhang & Sennrich 2019, as in Llama)."""
 
     epsilon: float = 1e-5
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         """Returns x divided by its root mean square over d, times the scale, in x's dtype."""
+        shape = (1,) * (x.ndim - 1) + (-1,)
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
-        scale = scale.reshape((1,) * (x.ndim - 1) + (-1,))
-        return (y * scale).astype(x.dtype)
+        y = y * scale.reshape(shape)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
+            y = y + bias.reshape(shape)
+        return y.astype(x.dtype)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation whose running statistics are parameters, as in a PyTorch file.
+
+    The leaves `mean` and `var` stand beside `scale` and `bias`, so that one tree holds the model.
+    Training normalises by the batch, over all devices that share it under `jit`, and sows the new
+    running values at their paths in the collection "moved"; whoever updates the parameters puts
+    them in place. As in PyTorch, the running variance takes the unbiased estimate.
+    """
+
+    momentum: float = 0.1
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b d"], *, train: bool) -> Float[Array, "*b d"]:
+        """Returns x normalised over all axes but the last, in x's dtype."""
+        features = (x.shape[-1],)
+        scale = self.param("scale", nn.initializers.ones, features, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, features, jnp.float32)
+        mean = self.param("mean", nn.initializers.zeros, features, jnp.float32)
+        var = self.param("var", nn.initializers.ones, features, jnp.float32)
+        y = x.astype(jnp.float32).reshape(-1, x.shape[-1])
+        if train:
+            count = len(y)
+            batch_mean = jnp.mean(y, axis=0)
+            batch_var = jnp.mean(jnp.square(y - batch_mean[None]), axis=0)
+            unbiased = batch_var * (count / max(count - 1, 1))
+            self._move("mean", mean, batch_mean)
+            self._move("var", var, unbiased)
+            mean, var = batch_mean, batch_var
+        factor = scale * jax.lax.rsqrt(var + self.epsilon)
+        y = (y - mean[None]) * factor[None] + bias[None]
+        return y.reshape(x.shape).astype(x.dtype)
+
+    def _move(self, name: str, running: Array, batch: Array) -> None:
+        if not self.is_initializing():
+            moved = jax.lax.stop_gradient(running + self.momentum * (batch - running))
+            self.sow("moved", name, moved, reduce_fn=lambda _, new: new, init_fn=lambda: running)
 
 
 def layer_norm(x: Float[Array, "*b d"], epsilon: float = 1e-6) -> Float[Array, "*b d"]:

@@ -6,17 +6,24 @@ from jaxtyping import Array, Float
 
 
 def grid_rotations(
-    height: int, width: int, head_dim: int, base: float = 10_000.0
+    height: int,
+    width: int,
+    head_dim: int,
+    base: float = 10_000.0,
+    *,
+    offset: float = 0.0,
+    columns_first: bool = False,
 ) -> Float[np.ndarray, "n head_dim/2 2"]:
     """Returns (cos, sin) of each cell's angles: half of the pairs turn with the row, half with
-    the column.
+    the column; the first row and column are at `offset`.
     """
     half = head_dim // 2
     frequencies = 1.0 / base ** (np.arange(0, half, 2, dtype=np.float32)[: half // 2] / half)
-    rows = np.arange(height, dtype=np.float32)[:, None, None] * frequencies
-    columns = np.arange(width, dtype=np.float32)[None, :, None] * frequencies
+    rows = (np.arange(height, dtype=np.float32) + offset)[:, None, None] * frequencies
+    columns = (np.arange(width, dtype=np.float32) + offset)[None, :, None] * frequencies
     shape = (height, width, len(frequencies))
-    angles = np.concatenate([np.broadcast_to(rows, shape), np.broadcast_to(columns, shape)], -1)
+    halves = [np.broadcast_to(axis, shape) for axis in (rows, columns)]
+    angles = np.concatenate(halves[::-1] if columns_first else halves, -1)
     return np.stack([np.cos(angles), np.sin(angles)], -1).reshape(height * width, -1, 2)
 
 

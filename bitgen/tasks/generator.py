@@ -14,15 +14,14 @@ from bitgen.data.packed import PackedSource, unpack_bits
 from bitgen.errors import UserError
 from bitgen.mesh import make_mesh
 from bitgen.pixels import from_uint8
-from bitgen.samplers.images import image_keys, image_sampler
-from bitgen.samplers.masked import MaskedPlan
+from bitgen.samplers.images import image_keys, image_sampler, make_plan
 from bitgen.state import TrainState, ema_update, with_params
 
 PyTree = Any
 
 
 class GeneratorTask:
-    """BiGR's recipe (arXiv 2410.14672)."""
+    """Masked modelling as in BiGR or the next tokens as in BitDance: the module's `loss`."""
 
     def __init__(self, config: Any):
         """Builds the module and checks that it fits the bits; computes nothing.
@@ -83,16 +82,18 @@ class GeneratorTask:
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """Returns the state after one step on images or packed bits with labels, and metrics."""
         del stage
-        bits_key, loss_key, dropout_key = jax.random.split(key, 3)
-        bits = self._bits(frozen, batch, bits_key)
 
-        def total(params):
+        def loss(params, part, key):
+            bits_key, loss_key, dropout_key = jax.random.split(key, 3)
+            bits = self._bits(frozen, part, bits_key)
             rngs = {"loss": loss_key, "dropout": dropout_key}
             return self.module.apply(
-                {"params": params}, bits, batch["label"], rngs=rngs, method="loss"
+                {"params": params}, bits, part["label"], rngs=rngs, method="loss"
             )
 
-        (value, metrics), gradient = jax.value_and_grad(total, has_aux=True)(state.params["model"])
+        (value, metrics), gradient = optim.accumulate_gradients(
+            loss, state.params["model"], batch, key, self.config.train.accumulate
+        )
         updates, opt = self.optimiser.update(gradient, state.opt["model"], state.params["model"])
         params = optax.apply_updates(state.params["model"], updates)
         o = self.config.optim
@@ -124,7 +125,7 @@ class GeneratorTask:
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 - a run has one task
     def _sampler(self, tokenizer):
-        plan, mesh = MaskedPlan(**self.config.sampler), make_mesh(**self.config.mesh)
+        plan, mesh = make_plan(self.module, self.config.sampler), make_mesh(**self.config.mesh)
         return image_sampler(self.module, tokenizer, plan, mesh)
 
     def _bits(self, frozen, batch, key):
@@ -133,7 +134,8 @@ class GeneratorTask:
             return unpack_bits(batch["bits"], self.module.bits)
         images = from_uint8(batch["image"])
         variables = {"params": frozen["tokenizer"]}
-        if self.config.train.stochastic_bits:
-            probs = self.tokenizer.module.apply(variables, images, method="probs")
+        module = self.tokenizer.module
+        if self.config.train.stochastic_bits and getattr(module, "stochastic", False):
+            probs = module.apply(variables, images, method="probs")
             return jax.random.bernoulli(key, probs)
-        return self.tokenizer.module.apply(variables, images, method="encode")
+        return module.apply(variables, images, method="encode")

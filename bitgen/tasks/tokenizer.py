@@ -11,26 +11,37 @@ import optax
 from bitgen import build, model_directory, optim
 from bitgen.convert import patchgan
 from bitgen.convert.rules import import_tensors
-from bitgen.data.images import paired_grid
+from bitgen.data.images import bars, paired_grid
+from bitgen.errors import UserError
 from bitgen.losses import adversarial
 from bitgen.losses.augment import diff_augment
 from bitgen.losses.lpips import load_lpips, lpips_distance
 from bitgen.pixels import from_uint8, to_uint8
-from bitgen.state import TrainState, ema_update, with_params
+from bitgen.state import TrainState, ema_update, with_leaves, with_params
 
 PyTree = Any
+LECAM_DECAY = 0.999  # of the running mean logits, arXiv 2104.03310
+# A bit that is set, or is not, in a smaller share of the tokens than this counts as dead.
+RARE = 1e-6
 
 
 class TokenizerTask:
-    """Binary Latent Diffusion's recipe (arXiv 2304.04820), every part by config."""
+    """Binary Latent Diffusion's recipe (arXiv 2304.04820) for every family, each part by config.
+
+    A module's statistics (of batch norms) are parameters too, with a gradient of zero: in training
+    it puts their new values into the collection "moved", at their own paths.
+    """
 
     def __init__(self, config: Any):
         """Builds modules and optimisers; computes nothing."""
         self.config = config
         self.module, self.info = build.module_from_config("tokenizer", config.model)
-        self.optimiser = optim.make_optimiser(config.optim, config.train.steps)
+        o, steps = config.optim, config.train.steps
+        self.optimisers = {"model": optim.make_optimiser(o, steps, config.train.freeze)}
         self.discriminator: Any = None
+        self.bits_mean: np.ndarray | None = None  # of the last log interval, [k]
         if config.loss.gan_weight > 0:
+            self.optimisers["discriminator"] = optim.make_optimiser(o, steps)
             self.discriminator = adversarial.PatchDiscriminator(
                 config.loss.discriminator_width,
                 config.loss.discriminator_layers,
@@ -53,10 +64,12 @@ class TokenizerTask:
             variables = self.discriminator.init(discriminator_key, images)
             params["discriminator"] = variables["params"]
             stats["discriminator"] = variables["batch_stats"]
+            if self.config.loss.lecam_weight > 0:
+                stats["lecam"] = {"real": jnp.zeros(()), "fake": jnp.zeros(())}
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
-            opt={name: self.optimiser.init(p) for name, p in params.items()},
+            opt={name: self.optimisers[name].init(p) for name, p in params.items()},
             ema=jax.tree.map(jnp.copy, params["model"]),
             stats=stats,
         )
@@ -82,7 +95,7 @@ class TokenizerTask:
         )
         return state.replace(
             params={**state.params, "discriminator": variables["params"]},
-            stats={"discriminator": variables["batch_stats"]},
+            stats={**state.stats, "discriminator": variables["batch_stats"]},
         )
 
     def stage(self, step: int) -> bool:
@@ -97,69 +110,63 @@ class TokenizerTask:
         key: jax.Array,
         adversarial_stage: bool,
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        """Returns the state after one step on uint8 images [b, H, W, 3], and metrics."""
-        keys = dict(zip(("bits", "fake", "pair"), jax.random.split(key, 3), strict=True))
-        images = from_uint8(batch["image"])
-        loss = self.config.loss
-        stats = dict(state.stats)
+        """Returns the state after one step on uint8 images [b, H, W, 3], and metrics.
 
-        def total(params):
-            recon, aux = self.module.apply(
-                {"params": params}, images, train=True, rngs={"bits": keys["bits"]}
-            )
-            parts: list[Any] = [lambda y: self._reconstruction_loss(frozen, images, y)]
-            if adversarial_stage:
-                parts.append(lambda y: self._fool_loss(state.params, stats, y, keys["fake"]))
-            gradients = adversarial.last_layer_gradients(
-                parts, recon, aux["last_input"], image_scale=2.0
-            )
-            metrics, weights = dict(gradients.metrics[0]), [1.0]
-            if adversarial_stage:
-                stats["discriminator"] = gradients.metrics[1]
-                weight = adversarial.adaptive_weight(
-                    gradients.kernels[0], gradients.kernels[1], loss.gan_max_weight
-                )
-                weights.append(loss.gan_weight * weight)
-                metrics |= {"gan": gradients.values[1], "gan_weight": weights[1]}
-            value = adversarial.weighted_loss(recon, gradients, weights)
-            for name, part in aux["losses"].items():
-                value += loss[f"{name}_weight"] * part
-                metrics[name] = part
-            # Of each bit; the log interval's mean shows the bits that never change.
-            metrics["bits_mean"] = aux["bits"].mean((0, 1, 2))
-            return value, (recon, metrics, stats)
-
-        (value, (recon, metrics, stats)), gradient = jax.value_and_grad(total, has_aux=True)(
-            state.params["model"]
+        With `config.train.accumulate` parts, gradients, metrics and moved statistics are the means
+        of those of the parts; all networks move once. Raises UserError for a loss on the code
+        without a weight.
+        """
+        metrics, gradients, moved, stats = optim.mean_of_parts(
+            lambda images, key: self._gradients(state, frozen, images, key, adversarial_stage),
+            batch["image"],
+            key,
+            self.config.train.accumulate,
         )
         params, opt = dict(state.params), dict(state.opt)
-        self._update(params, opt, "model", gradient)
-        if adversarial_stage:
-            recon = jax.lax.stop_gradient(recon)
-            pair_loss, stats, gradient = self._discriminator_gradient(
-                state.params, stats, images, recon, keys["pair"]
-            )
-            metrics["discriminator"] = pair_loss
-            self._update(params, opt, "discriminator", gradient)
+        for name, gradient in gradients.items():
+            updates, opt[name] = self.optimisers[name].update(gradient, opt[name], params[name])
+            params[name] = optax.apply_updates(params[name], updates)
+        params["model"] = self._unless_frozen(
+            with_leaves(params["model"], moved), state.params["model"]
+        )
         o = self.config.optim
         ema = ema_update(state.ema, params["model"], state.step, o.ema, o.ema_every)
-        metrics["loss"] = value
+        # An average of equal values is not exactly that value.
+        ema = self._unless_frozen(ema, state.ema)
+        stats = {**state.stats, **stats}
+        if "lecam" in stats and adversarial_stage:
+            stats["lecam"] = {
+                name: LECAM_DECAY * old + (1 - LECAM_DECAY) * metrics[f"logits_{name}"]
+                for name, old in stats["lecam"].items()
+            }
         return TrainState(state.step + 1, params, opt, ema, stats), metrics
 
     def summarise(self, metrics: dict[str, np.ndarray]) -> dict[str, float]:
         """Returns the scalars of a log interval, with how much of the code is in use."""
-        p = metrics.pop("bits_mean")
+        p = self.bits_mean = metrics.pop("bits_mean", None)
         scalars = {name: float(value) for name, value in metrics.items()}
-        used = (p > 0) & (p < 1)
-        q = np.clip(p, 1e-12, 1 - 1e-12)
-        entropy = -(q * np.log2(q) + (1 - q) * np.log2(1 - q)) * used
-        return {**scalars, "bits_used": float(used.mean()), "bits_entropy": float(entropy.mean())}
+        if p is None:  # continuous latents
+            return scalars
+        used = (p > RARE) & (p < 1 - RARE)
+        return {
+            **scalars,
+            "bits_used": float(used.mean()),
+            "bits_dead": float((~used).sum()),
+            "bits_entropy": float((_entropy(p) * used).mean()),
+        }
 
     def preview(self, state: TrainState, batch: dict) -> dict[str, np.ndarray]:
-        """Returns pictures of the averaged model: pairs of rows, images above reconstructions."""
+        """Returns pictures: images above the averaged model's reconstructions, and each bit's use.
+
+        The second is of the last log interval, if there was one: bars of how often each bit is set,
+        and of its entropy in bits.
+        """
         images = np.asarray(batch["image"])
         recon = np.asarray(self._reconstruct(state.ema, images))
-        return {"reconstructions": paired_grid(images, recon, 16)}
+        pictures = {"reconstructions": paired_grid(images, recon, 16)}
+        if (p := self.bits_mean) is not None:
+            pictures["bits"] = bars({"share of ones": p, "entropy": _entropy(p)})
+        return pictures
 
     @functools.cached_property
     def _reconstruct(self):
@@ -169,9 +176,82 @@ class TokenizerTask:
 
         return jax.jit(reconstruct)
 
-    def _update(self, params: dict, opt: dict, name: str, gradient: PyTree) -> None:
-        updates, opt[name] = self.optimiser.update(gradient, opt[name], params[name])
-        params[name] = optax.apply_updates(params[name], updates)
+    def _unless_frozen(self, new: PyTree, old: PyTree) -> PyTree:
+        freeze = self.config.train.freeze
+        return optim.where_trained(optim.trained(new, freeze), new, old) if freeze else new
+
+    def _gradients(self, state, frozen, images, key, adversarial_stage):
+        """-> metrics, gradients by network, the model's and other networks' moved statistics."""
+        bits_key, fake_key, pair_key = jax.random.split(key, 3)
+        images = from_uint8(images)
+
+        def total(params):
+            params = self._unless_frozen(params, jax.lax.stop_gradient(params))
+            (recon, aux), moved = self.module.apply(
+                {"params": params}, images, train=True, rngs={"bits": bits_key}, mutable=["moved"]
+            )
+            recon_loss = functools.partial(self._reconstruction_loss, frozen, images)
+            if adversarial_stage:
+                fool_loss = functools.partial(self._fool_loss, state, key=fake_key)
+                value, metrics, stats = self._balanced_loss(
+                    (recon_loss, fool_loss), recon, aux["last_input"], params
+                )
+            else:
+                (value, metrics), stats = recon_loss(recon), {}
+            code_value, code_metrics = self._code_loss(aux)
+            value += code_value
+            metrics = {**metrics, **code_metrics, "loss": value}
+            return value, (recon, metrics, _last_sown(moved.get("moved", {})), stats)
+
+        gradient, (recon, metrics, moved, stats) = jax.grad(total, has_aux=True)(
+            state.params["model"]
+        )
+        gradients = {"model": gradient}
+        if adversarial_stage:
+            gradients["discriminator"], (pair_metrics, stats) = self._discriminator_gradient(
+                state, stats, images, recon, pair_key
+            )
+            metrics |= pair_metrics
+        return metrics, gradients, moved, stats
+
+    def _balanced_loss(self, losses, recon, last_input, params):
+        """Balances reconstruction and fooling -> value, metrics, moved statistics."""
+        config = self.config.loss
+        kernel = params
+        for name in (*self.module.last_layer, "kernel"):
+            kernel = kernel[name]
+        gradients = adversarial.last_layer_gradients(
+            losses,
+            recon,
+            last_input,
+            kernel_size=kernel.shape[:2],
+            image_scale=self.module.image_scale,
+        )
+        weight = config.gan_weight * adversarial.adaptive_weight(
+            gradients.kernels[0], gradients.kernels[1], config.gan_max_weight
+        )
+        value = adversarial.weighted_loss(recon, gradients, (1.0, weight))
+        metrics, stats = gradients.metrics
+        return value, {**metrics, "gan": gradients.values[1], "gan_weight": weight}, stats
+
+    def _code_loss(self, aux):
+        """-> the weighted losses on the code, and their values with the share of ones of a bit."""
+        total, metrics = jnp.zeros(()), dict(aux["losses"])
+        for name, value in aux["losses"].items():
+            weight = self.config.loss.get(f"{name}_weight")
+            if weight is None:
+                raise UserError(
+                    f"{self.config.model.family} has a loss {name!r} without a weight: "
+                    f"set config.loss.{name}_weight"
+                )
+            if weight:
+                total += weight * value
+        if "bits" in aux:
+            # Of each bit; the log interval's mean shows the bits that never change.
+            scales = jax.tree.leaves(aux["bits"])
+            ones = sum(jnp.sum(x, tuple(range(x.ndim - 1)), jnp.float32) for x in scales)
+            metrics["bits_mean"] = ones / sum(x.size // x.shape[-1] for x in scales)
+        return total, metrics
 
     def _reconstruction_loss(self, frozen, images, recon):
         """-> the scalar and its parts, in the model's own pixel range."""
@@ -193,27 +273,49 @@ class TokenizerTask:
         """-> logits of the discriminator and its moved batch statistics."""
         if self.config.loss.gan_augment:
             images = diff_augment((images + 1) / 2, key) * 2 - 1
-        variables = {"params": params["discriminator"], "batch_stats": stats["discriminator"]}
         logits, moved = self.discriminator.apply(
-            variables, images, train=True, mutable=["batch_stats"]
+            {"params": params, "batch_stats": stats}, images, train=True, mutable=["batch_stats"]
         )
         return logits, moved["batch_stats"]
 
-    def _fool_loss(self, params, stats, recon, key):
-        logits, moved = self._judge(params, stats, recon, key)
-        return adversarial.generator_loss(logits), moved
-
-    def _discriminator_gradient(self, params, stats, images, recon, key):
-        real_key, fake_key = jax.random.split(key)
-
-        def pair_loss(discriminator):
-            moving = dict(stats)
-            own = {"discriminator": discriminator}
-            real, moving["discriminator"] = self._judge(own, moving, images, real_key)
-            fake, moving["discriminator"] = self._judge(own, moving, recon, fake_key)
-            return adversarial.hinge_discriminator_loss(real, fake), moving
-
-        (value, moved), gradient = jax.value_and_grad(pair_loss, has_aux=True)(
-            params["discriminator"]
+    def _fool_loss(self, state, recon, key):
+        logits, moved = self._judge(
+            state.params["discriminator"], state.stats["discriminator"], recon, key
         )
-        return value, moved, gradient
+        return adversarial.generator_loss(logits), {"discriminator": moved}
+
+    def _discriminator_gradient(self, state, stats, images, recon, key):
+        """-> the gradient of the discriminator's losses, with metrics and moved statistics."""
+        real_key, fake_key = jax.random.split(key)
+        recon = jax.lax.stop_gradient(recon)
+
+        def pair_loss(params):
+            real, moved = self._judge(params, stats["discriminator"], images, real_key)
+            fake, moved = self._judge(params, moved, recon, fake_key)
+            value = adversarial.hinge_discriminator_loss(real, fake)
+            metrics = {
+                "discriminator": value,
+                "logits_real": real.mean(),
+                "logits_fake": fake.mean(),
+            }
+            if weight := self.config.loss.lecam_weight:
+                metrics["lecam"] = adversarial.lecam_loss(real, fake, state.stats["lecam"])
+                value += weight * metrics["lecam"]
+            return value, (metrics, {"discriminator": moved})
+
+        return jax.grad(pair_loss, has_aux=True)(state.params["discriminator"])
+
+
+def _last_sown(moved: PyTree) -> PyTree:
+    """`sow` keeps a tuple of the values of every call."""
+    return jax.tree.map(
+        lambda leaf: leaf[-1] if isinstance(leaf, tuple) else leaf,
+        moved,
+        is_leaf=lambda leaf: isinstance(leaf, tuple),
+    )
+
+
+def _entropy(p: np.ndarray) -> np.ndarray:
+    """Of coins, in bits."""
+    q = np.clip(p, 1e-12, 1 - 1e-12)
+    return -(q * np.log2(q) + (1 - q) * np.log2(1 - q))

@@ -46,6 +46,16 @@ class BinaryAutoencoder(nn.Module):
         """Path of the convolution that makes the pixels, where GAN losses are balanced."""
         return "decoder", f"blocks_{len(decoder_layout(self)) - 1}"
 
+    @property
+    def image_scale(self) -> float:
+        """Images are the last layer's output times this, plus a constant: pixels are in [0, 1]."""
+        return 2.0
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether a generator is trained on drawn bits."""
+        return not self.deterministic
+
     def setup(self):
         self.encoder = BlockStack(encoder_layout(self), self.remat, self.dtype)
         self.quantizer = BinaryQuantizer(self.bits, self.embed_dim, self.signed, self.dtype)
@@ -90,7 +100,7 @@ class BinaryAutoencoder(nn.Module):
         return self._pixels(self.decoder.last(last_input)), aux
 
     def _pixels(self, x):
-        return x.astype(jnp.float32) * 2 - 1
+        return x.astype(jnp.float32) * self.image_scale - 1
 
 
 class BinaryQuantizer(nn.Module):

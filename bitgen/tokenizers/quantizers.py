@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from bitgen.errors import choose
+from bitgen.errors import UserError, choose
 
 
 class Quantized(NamedTuple):
@@ -40,8 +40,10 @@ class Bernoulli:
         """Returns codes for logits z; bits are drawn with `key`, rounded without one."""
         z = z.astype(jnp.float32)
         probs = jax.nn.sigmoid(z)
-        drawn = key is not None and not self.deterministic
-        bits = jax.random.bernoulli(key, probs) if drawn else self.bits(z)
+        if key is None or self.deterministic:
+            bits = self.bits(z)
+        else:
+            bits = jax.random.bernoulli(key, probs)
         uncertain = jax.nn.sigmoid(probs) * jax.nn.sigmoid(-probs)
         return Quantized(
             straight_through(self.codes(bits), probs), bits, {"code": jnp.mean(uncertain)}
@@ -75,10 +77,18 @@ class Sign:
         return Quantized(straight_through(codes, z), bits, losses)
 
     def entropies(self, z: Float[Array, "*b k"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """Returns the mean entropy of a group's code and the entropy of the mean, in nats."""
+        """Returns the mean entropy of a group's code and the entropy of the mean, in nats.
+
+        Every group counts as one more sample of the same code. Raises UserError if the last axis
+        does not split into the groups.
+        """
+        if self.groups < 1 or z.shape[-1] % self.groups:
+            raise UserError(f"{z.shape[-1]} bits do not split into {self.groups} groups")
         size = z.shape[-1] // self.groups
         z = z.reshape(-1, size)  # [m groups, k / groups]
-        logits = 2 * z @ jnp.asarray(_all_codes(size)).T / self.temperature
+        # The temperature magnifies what a matrix product in less than float32 would lose.
+        affinities = jnp.matmul(z, jnp.asarray(_all_codes(size)).T, precision="highest")
+        logits = 2 * affinities / self.temperature
         log_probs = jax.nn.log_softmax(logits)
         probs = jnp.exp(log_probs)
         mean = probs.mean(0)
@@ -140,7 +150,9 @@ def normalized(z: Float[Array, "*b k"]) -> Float[Array, "*b k"]:
 
 def binary_entropy(probs: Float[Array, "*b"]) -> Float[Array, "*b"]:
     """Returns the entropy of coins, in nats."""
-    return -(probs * jnp.log(probs + 1e-8) + (1 - probs) * jnp.log(1 - probs + 1e-8))
+    # Not log(1 - p + 1e-8): compilers fold the constants to log(1 - p), which is not finite at 1.
+    p, q = probs, 1 - probs
+    return -(p * jnp.log(jnp.maximum(p, 1e-8)) + q * jnp.log(jnp.maximum(q, 1e-8)))
 
 
 def _all_codes(size: int) -> np.ndarray:

@@ -1,0 +1,190 @@
+"""Conversion table of BitVAE, Infinity's tokenizer.
+
+Released files are {"vae": state dict}. Their convolutions and norms are `conv1.conv.weight` and
+`norm1.norm.weight`, or have the plain names `conv1.weight` and `norm1.weight`: both are read, and
+written again as they were.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from bitgen.convert.entries import (
+    CONV,
+    POINTWISE,
+    SAME,
+    Constant,
+    Entry,
+    Ignore,
+    Rule,
+    Shape,
+    Transform,
+    shape_votes,
+)
+from bitgen.errors import UserError
+from bitgen.tokenizers.bitvae import BitVAE, decoder_blocks, encoder_blocks
+
+_REFERENCE_NAMES = {
+    "base_ch": "width",
+    "ch_mult": "multipliers",
+    "num_res_blocks": "blocks",
+    "schedule_mode": "schedule",
+    "use_decay_factor": "decay",
+}
+# What would add or change tensors, or what they mean: no released file has it.
+_UNSUPPORTED = {
+    "use_vae": False,
+    "ln_before_quant": False,
+    "use_out_phi": False,
+    "use_out_phi_res": False,
+    "preserve_norm": False,
+    "use_pxsf": False,
+    "cnn_type": "2d",
+    "cnn_attention": "no",
+    "norm_type": "group",
+}
+_TRAINING_ONLY = {
+    "flux_image_encoder": "frozen network of a training loss",
+    "perceptual_model": "frozen network of the perceptual loss",
+    "image_disc": "discriminator, in a file of its own when released",
+    "video_disc": "discriminator for videos",
+}
+_CONV_LEVEL = re.compile(r"((?:.*\.)?(?:conv\w*|nin_shortcut))\.conv\.(weight|bias)")
+_NORM_LEVEL = re.compile(r"((?:.*\.)?norm\w*)\.norm\.(weight|bias)")
+
+
+def hparams_from_reference(reference: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns BitVAE's settings from the original's arguments.
+
+    A stride of 8 is that of Infinity's spatial patchify, where 2x2 cells make a token. Raises
+    UserError for settings that cannot be imported.
+    """
+    for name, needed in _UNSUPPORTED.items():
+        if reference.get(name, needed) != needed:
+            raise UserError(f"{name}={reference[name]!r} cannot be imported, only {needed!r}")
+    found = {ours: reference[n] for n, ours in _REFERENCE_NAMES.items() if n in reference}
+    multipliers = reference.get("encoder_ch_mult", reference.get("ch_mult", (1, 2, 4, 4, 4)))
+    stride = reference.get("patch_size", 16)
+    if tuple(reference.get("decoder_ch_mult", multipliers)) != tuple(multipliers):
+        raise UserError("encoder_ch_mult and decoder_ch_mult differ: this cannot be imported")
+    if stride != 2 ** (len(multipliers) - 1):
+        raise UserError(
+            f"patch_size {stride} with {len(multipliers)} levels cannot be imported, only "
+            f"{2 ** (len(multipliers) - 1)}"
+        )
+    found["multipliers"] = tuple(multipliers)
+    return {**found, **_patches(reference["codebook_dim"], stride)}
+
+
+def table(
+    hparams: Mapping[str, Any], conv_level: bool = True, norm_level: bool = True
+) -> list[Entry]:
+    """Returns the entries between a PyTorch file and the parameters of BitVAE.
+
+    `hparams` are its settings; the others say whether the names of convolutions and norms have the
+    level `.conv` and `.norm`, as `wrapping` finds out.
+    """
+    config = BitVAE(**hparams)
+    conv, norm = ".conv" if conv_level else "", ".norm" if norm_level else ""
+    entries: list[Entry] = []
+
+    def add(torch: str, ours: str, kernel: str, transform: Transform) -> None:
+        entries.append(Rule(f"{torch}.weight", f"{ours}/{kernel}", transform))
+        entries.append(Rule(f"{torch}.bias", f"{ours}/bias"))
+
+    for side, blocks in (("encoder", encoder_blocks(config)), ("decoder", decoder_blocks(config))):
+        for name in ("conv_in", "conv_out"):
+            add(f"{side}.{name}{conv}", f"{side}/{name}", "kernel", CONV)
+        add(f"{side}.norm_out{norm}", f"{side}/norm_out", "scale", SAME)
+        for block, inputs, outputs in blocks:
+            torch, ours = f"{side}.{_torch_name(block)}", f"{side}/{block}"
+            if block.endswith("sample"):
+                add(f"{torch}.conv{conv}", f"{ours}/conv", "kernel", CONV)
+                continue
+            for i in (1, 2):
+                add(f"{torch}.norm{i}{norm}", f"{ours}/norm{i}", "scale", SAME)
+                add(f"{torch}.conv{i}{conv}", f"{ours}/conv{i}", "kernel", CONV)
+            if inputs != outputs:
+                add(f"{torch}.nin_shortcut{conv}", f"{ours}/conv_out", "kernel", POINTWISE)
+    # One module under two names, with the place values of the bits in a number.
+    for name in ("quantizer", "quantize"):
+        size = (config.code_channels,)
+        entries.append(Constant(f"{name}.lfq.mask", _place_values, size))
+    entries += [Ignore(f"{name}.{{name*}}", reason) for name, reason in _TRAINING_ONLY.items()]
+    return entries
+
+
+def wrapping(shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """Returns what `table` needs to know of a file besides the settings: how names are spelt."""
+    return {
+        "conv_level": any(_CONV_LEVEL.fullmatch(name) for name in shapes),
+        "norm_level": any(_NORM_LEVEL.fullmatch(name) for name in shapes),
+    }
+
+
+def recognise(shapes: Mapping[str, Shape]) -> dict[str, Any] | None:
+    """Returns BitVAE's settings from a file's names and shapes, or None if it has none.
+
+    What no tensor tells is assumed: the schedule is 'dynamic', as in all of Infinity, and a stride
+    of 8 comes with patches of 2x2 cells.
+    """
+    shapes = {_plain(name): tuple(shape) for name, shape in shapes.items()}
+    width = shape_votes(shapes, r"encoder\.conv_in\.(weight|bias)", 0)
+    channels = shape_votes(shapes, r"encoder\.conv_out\.(weight|bias)", 0)
+    levels = _count(shapes, r"encoder\.down\.(\d+)\..+")
+    blocks = _count(shapes, r"encoder\.down\.\d+\.block\.(\d+)\..+")
+    if not width or not channels or not levels or not blocks:
+        return None
+    multipliers = tuple(
+        (shape_votes(shapes, rf"encoder\.down\.{i}\.block\.\d+\.(conv|norm)2\.bias", 0) or 0)
+        // width
+        for i in range(levels)
+    )
+    if not all(multipliers):
+        return None
+    hparams = {
+        "width": width,
+        "multipliers": multipliers,
+        "blocks": blocks,
+        "schedule": "dynamic",
+        **_patches(channels, 2 ** (levels - 1)),
+    }
+    rules = [e.torch for e in table(hparams, False, False) if isinstance(e, Rule)]
+    missing = sum(name not in shapes for name in rules)
+    others = [n for n in shapes if n.startswith(("encoder.", "decoder.")) and n not in set(rules)]
+    # A fault or two are for the import to name.
+    return hparams if missing + len(others) <= len(rules) // 20 else None
+
+
+def _patches(channels: int, stride: int) -> dict[str, int]:
+    """What follows from the channels of the latents and their stride in pixels."""
+    patch = 2 if stride == 8 else 1
+    # 16x16 tokens, the smallest square of the schedules.
+    return {"bits": channels * patch**2, "patch": patch, "image_size": 16 * stride * patch}
+
+
+def _torch_name(block: str) -> str:
+    """down_1_block_0 -> down.1.block.0, up_1_upsample -> up.1.upsample, mid_block_1 as it is."""
+    if block.startswith("mid_"):
+        return block.replace("_", ".", 1)
+    return block.replace("_", ".")
+
+
+def _plain(name: str) -> str:
+    for level in (_CONV_LEVEL, _NORM_LEVEL):
+        if found := level.fullmatch(name):
+            return f"{found[1]}.{found[2]}"
+    return name
+
+
+def _count(shapes: Mapping[str, Shape], pattern: str) -> int:
+    """One more than the highest number in the names that match."""
+    return max((int(m[1]) + 1 for n in shapes if (m := re.fullmatch(pattern, n))), default=0)
+
+
+def _place_values(hparams: Mapping[str, Any]) -> np.ndarray:
+    """Powers of two, int64 [c], the highest first."""
+    channels = BitVAE(**hparams).code_channels
+    return np.left_shift(np.int64(1), np.arange(channels)[::-1])

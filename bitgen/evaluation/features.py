@@ -1,0 +1,178 @@
+"""From uint8 images to the features that metrics compare, by a protocol of the field, on a mesh."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, UInt8
+
+from bitgen import model_directory
+from bitgen.errors import UserError, choose
+from bitgen.evaluation.inception import POOL, SIZE, Inception
+from bitgen.evaluation.resize import resize_bilinear
+from bitgen.evaluation.weights import find_weights, load_inception
+from bitgen.mesh import BATCH, batch_sharding, even_batch, replicated
+
+Features = dict[str, np.ndarray]  # pool [n, d], spatial [n, s], logits [n, c], float32
+
+
+def prepare_adm(images: UInt8[Array, "b H W 3"]) -> Array:
+    """Returns images as ADM's graph takes them: TensorFlow 1's resize, then (x - 128) / 128.
+
+    github.com/openai/guided-diffusion, `evaluations/evaluator.py`.
+    """
+    return (resize_bilinear(images.astype(jnp.float32), SIZE, legacy=True) - 128) / 128
+
+
+def prepare_pytorch_fid(images: UInt8[Array, "b H W 3"]) -> Array:
+    """Returns images as pytorch-fid takes them: PyTorch's resize in [0, 1], then 2x - 1.
+
+    github.com/mseitzer/pytorch-fid, `inception.py`.
+    """
+    return 2 * resize_bilinear(images.astype(jnp.float32) / 255, SIZE, legacy=False) - 1
+
+
+def prepare_random(images: UInt8[Array, "b H W 3"]) -> Array:
+    """Returns images in [-1, 1], 32 pixels a side."""
+    return resize_bilinear(images.astype(jnp.float32) / 127.5 - 1, 32, legacy=False)
+
+
+class RandomNetwork(nn.Module):
+    """Three random convolutions: to try things out without a file; its numbers mean no more."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> dict[str, Array]:
+        """Returns pool [b, 64], spatial [b, 112] and logits [b, 10] of images [b, 32, 32, 3]."""
+        for i, channels in enumerate((16, 32, 64)):
+            x = nn.relu(nn.Conv(channels, (3, 3), 2, name=f"conv_{i}")(x))
+        pool = jnp.mean(x, axis=(1, 2))
+        logits = nn.Dense(10, use_bias=False, name="fc")(pool)
+        return {"pool": pool, "spatial": x[..., :7].reshape(len(x), -1), "logits": logits}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How images become features."""
+
+    prepare: Callable[[Array], Array]
+    network: nn.Module
+    size: int  # of the pool features
+    compare_with: str  # whose numbers
+
+
+PROTOCOLS = {
+    "adm": Protocol(prepare_adm, Inception(), POOL, "ADM's suite, torch-fidelity"),
+    "pytorch_fid": Protocol(prepare_pytorch_fid, Inception(), POOL, "pytorch-fid"),
+    "random": Protocol(prepare_random, RandomNetwork(), 64, "itself only"),
+}
+
+
+class Extractor:
+    """Computes features with one program of a fixed batch shape, split over the mesh.
+
+    Over several processes, each gives its own images and gets their features; all must call it
+    equally often.
+    """
+
+    def __init__(self, protocol: str, params: Any, mesh: Mesh, batch_size: int):
+        """Takes a name of PROTOCOLS and the parameters of its network."""
+        how = choose("protocol of evaluation", protocol, PROTOCOLS)
+        self.protocol, self.digest = protocol, model_directory.digest(params)
+        self.size = how.size  # of the pool features
+        self.rows = even_batch(batch_size, mesh) // jax.process_count()
+        self._sharding = batch_sharding(mesh)
+        self._params = jax.device_put(params, replicated(mesh))
+
+        def features(params, images):
+            return how.network.apply({"params": params}, how.prepare(images))
+
+        self._program = jax.jit(
+            jax.shard_map(
+                features, mesh=mesh, in_specs=(P(), BATCH), out_specs=BATCH, check_vma=False
+            )
+        )
+
+    def __call__(self, images: UInt8[np.ndarray, "n H W 3"]) -> Features:
+        """Returns the features of at most `rows` images, those of the padding left out."""
+        return self._fetch(self._start(images))
+
+    def stream(self, batches: Iterable[UInt8[np.ndarray, "b H W 3"]]) -> Iterator[Features]:
+        """Yields the features of images that come in batches of any size, none dropped."""
+        under_way = None
+        for images in regroup(batches, self.rows):
+            started = self._start(images)
+            if under_way is not None:  # the device works while the host takes the last result
+                yield self._fetch(under_way)
+            under_way = started
+        if under_way is not None:
+            yield self._fetch(under_way)
+
+    def _start(self, images: np.ndarray) -> tuple[Any, int]:
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+            raise UserError(
+                f"metrics take uint8 images [n, H, W, 3], got {images.dtype} {list(images.shape)}"
+            )
+        if len(images) > self.rows:
+            raise UserError(f"{len(images)} images are more than the batch of {self.rows}")
+        padded = np.zeros((self.rows, *images.shape[1:]), np.uint8)
+        padded[: len(images)] = images
+        padded = jax.make_array_from_process_local_data(self._sharding, padded)
+        return self._program(self._params, padded), len(images)
+
+    def _fetch(self, started: tuple[dict[str, jax.Array], int]) -> Features:
+        features, real = started
+        return {name: _own_rows(value)[:real] for name, value in features.items()}
+
+
+def make_extractor(protocol: str, weights: str, mesh: Mesh, batch_size: int) -> Extractor:
+    """Returns the extractor of a protocol.
+
+    `weights` is the file of Inception's weights, '' for the one in the cache; UserError if there is
+    none. The random network needs no file.
+    """
+    how = choose("protocol of evaluation", protocol, PROTOCOLS)
+    if isinstance(how.network, Inception):
+        params = load_inception(find_weights(weights))
+    else:
+        sample = jax.numpy.zeros((1, 32, 32, 3))
+        params = jax.device_get(jax.jit(how.network.init)(jax.random.key(0), sample)["params"])
+    return Extractor(protocol, params, mesh, batch_size)
+
+
+def regroup(batches: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    """Yields the same rows in batches of `size`, the last maybe smaller.
+
+    Raises UserError if the rows are not all of one shape.
+    """
+    waiting: list[np.ndarray] = []
+    count, shape = 0, None
+    for batch in batches:
+        shape = shape or batch.shape[1:]
+        if batch.shape[1:] != shape:
+            raise UserError(
+                f"images of different sizes, {list(shape)} and {list(batch.shape[1:])}: bring "
+                "them to one size first"
+            )
+        waiting.append(batch)
+        count += len(batch)
+        if count >= size:
+            rows = np.concatenate(waiting)
+            whole = count // size * size
+            yield from np.split(rows[:whole], whole // size)
+            waiting, count = [rows[whole:]], count - whole
+    if count:
+        yield np.concatenate(waiting)
+
+
+def _own_rows(value: jax.Array) -> np.ndarray:
+    """The rows that this process gave, in order."""
+    if value.is_fully_addressable:
+        return np.asarray(value)
+    shards = {shard.index[0].start or 0: shard.data for shard in value.addressable_shards}
+    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])

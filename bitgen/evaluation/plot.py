@@ -1,0 +1,56 @@
+"""A line through labelled points as a picture: guidance sweeps, accuracy over layers."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 720, 480, 90, 40, 40, 60
+_INK, _LINE, _GRID = (40, 40, 40), (31, 98, 166), (222, 222, 222)
+
+
+def plot(
+    points: Sequence[tuple[float, float]], labels: Sequence[str], x_name: str, y_name: str
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Returns a picture of the points, joined in order, each with its label; NaN is left out."""
+    kept = [(p, label) for p, label in zip(points, labels, strict=True) if np.isfinite(p).all()]
+    page = Image.new("RGB", (_WIDTH, _HEIGHT), "white")
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(size=14)
+    ticks = [_ticks([p[axis] for p, _ in kept] or [0.0, 1.0]) for axis in (0, 1)]
+    inside = (_WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        (x0, x1), (y0, y1) = ((t[0], t[-1]) for t in ticks)
+        across, up = (x - x0) / (x1 - x0), (y - y0) / (y1 - y0)
+        return _LEFT + across * inside[0], _HEIGHT - _BOTTOM - up * inside[1]
+
+    for x in ticks[0]:
+        across = place(x, ticks[1][0])[0]
+        pen.line([(across, _TOP), (across, _HEIGHT - _BOTTOM)], fill=_GRID)
+        pen.text((across, _HEIGHT - _BOTTOM + 8), f"{x:g}", fill=_INK, font=font, anchor="ma")
+    for y in ticks[1]:
+        down = place(ticks[0][0], y)[1]
+        pen.line([(_LEFT, down), (_WIDTH - _RIGHT, down)], fill=_GRID)
+        pen.text((_LEFT - 8, down), f"{y:g}", fill=_INK, font=font, anchor="rm")
+    pen.text((_LEFT + inside[0] / 2, _HEIGHT - 10), x_name, fill=_INK, font=font, anchor="ms")
+    pen.text((_LEFT - 60, _TOP - 12), y_name, fill=_INK, font=font, anchor="ls")
+    places = [place(*p) for p, _ in kept]
+    if len(places) > 1:
+        pen.line(places, fill=_LINE, width=2)
+    for (x, y), (_, label) in zip(places, kept, strict=True):
+        pen.ellipse([x - 4, y - 4, x + 4, y + 4], fill=_LINE)
+        pen.text((x + 6, y - 6), label, fill=_INK, font=font, anchor="ls")
+    return np.asarray(page)
+
+
+def _ticks(values: Sequence[float]) -> list[float]:
+    """About five round numbers that hold all values between the first and the last."""
+    low, high = min(values), max(values)
+    span = high - low or abs(high) or 1.0
+    step = 10.0 ** math.floor(math.log10(span / 4))
+    step = next(step * m for m in (1, 2, 5, 10) if step * m * 5 >= span)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    last = max(last, first + 1)
+    return [round(i * step, 10) for i in range(first, last + 1)]

@@ -1,0 +1,217 @@
+"""Running statistics of features, float64 on the host; what is split can be merged.
+
+`Summary` is all that metrics need of a set of images, so that no image is kept.
+"""
+
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from bitgen.errors import UserError
+
+_TOGETHER = 512  # rows whose outer products are summed at once
+SPLIT = 5000  # images of a split of the Inception score
+
+
+class Gaussian(NamedTuple):
+    """What Fréchet distances compare."""
+
+    mean: Float[np.ndarray, " d"]
+    covariance: Float[np.ndarray, "d d"]
+
+
+class Moments:
+    """Count, mean and covariance of rows that come in any number of batches."""
+
+    def __init__(self, size: int):
+        self.count, self.mean = 0, np.zeros(size)
+        self.scatter = np.zeros((size, size))  # summed outer products of deviations
+        self._waiting: list[np.ndarray] = []
+
+    def add(self, rows: Float[np.ndarray, "n d"]) -> None:
+        """Adds rows."""
+        self._waiting.append(np.asarray(rows))
+        if sum(map(len, self._waiting)) >= _TOGETHER:
+            self._settle()
+
+    def _settle(self) -> None:
+        rows = np.concatenate([*self._waiting, np.zeros((0, len(self.mean)))]).astype(np.float64)
+        self._waiting = []
+        if len(rows):
+            mean = rows.mean(0)
+            self._join(len(rows), mean, (rows - mean).T @ (rows - mean))
+
+    def _join(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
+        # Chan, Golub and LeVeque (1979): nothing large is subtracted from anything large.
+        total, difference = self.count + count, mean - self.mean
+        self.scatter += scatter
+        self.scatter += np.outer(difference, difference) * (self.count * count / total)
+        self.mean += difference * (count / total)
+        self.count = total
+
+    def merge(self, other: "Moments") -> None:
+        """Adds the rows that `other` has seen."""
+        self._settle()
+        other._settle()
+        if other.count:
+            self._join(other.count, other.mean, other.scatter)
+
+    def gaussian(self) -> Gaussian:
+        """Returns mean and covariance (n - 1); raises UserError for fewer than two rows."""
+        self._settle()
+        if self.count < 2:
+            raise UserError(f"statistics need two images at least, got {self.count}")
+        return Gaussian(self.mean, self.scatter / (self.count - 1))
+
+
+class Scores:
+    """Sums for the Inception score, for each split of 5,000 images in their order."""
+
+    def __init__(self, split: int = SPLIT):
+        self.split = split
+        self.sums: dict[int, list[Any]] = {}  # split -> count, sum p, sum p log p
+
+    def add(self, logits: Float[np.ndarray, "n c"], start: int) -> None:
+        """Adds the logits of the images from index `start` on."""
+        logits = np.asarray(logits, np.float64)
+        logits = logits - logits.max(1, keepdims=True)
+        log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+        p = np.exp(log_p)
+        place = (start + np.arange(len(p))) // self.split
+        for i in np.unique(place):
+            rows = place == i
+            self._join(int(i), [rows.sum(), p[rows].sum(0), (p[rows] * log_p[rows]).sum()])
+
+    def _join(self, split: int, sums: list[Any]) -> None:
+        before = self.sums.get(split, [0, 0.0, 0.0])
+        self.sums[split] = [a + b for a, b in zip(before, sums, strict=True)]
+
+    def merge(self, other: "Scores") -> None:
+        """Adds the images that `other` has seen."""
+        for split, sums in other.sums.items():
+            self._join(split, sums)
+
+    def value(self) -> float:
+        """Returns the mean over splits of exp(mean KL(p(y|x) || p(y)))."""
+        scores = []
+        for count, p, p_log_p in self.sums.values():
+            mean = p / count
+            entropy = np.sum(mean * np.log(np.maximum(mean, 1e-300)))
+            scores.append(np.exp(p_log_p / count - entropy))
+        return float(np.mean(scores))
+
+
+@dataclass
+class Summary:
+    """A set of images as metrics see it."""
+
+    count: int
+    pool: Gaussian
+    spatial: Gaussian | None = None
+    score: float | None = None  # Inception score
+    features: Float[np.ndarray, "n d"] | None = None  # pool features of single images
+
+
+def summarise(features: Iterable[dict[str, np.ndarray]], keep_every: int = 1) -> Summary:
+    """Returns the summary of a stream of features; each `keep_every`-th is kept, 0: none."""
+    count, kept = 0, []
+    moments: dict[str, Moments] = {}
+    scores = Scores()
+    for batch in features:
+        if not moments:
+            moments = {name: Moments(batch[name].shape[1]) for name in ("pool", "spatial")}
+        for name, running in moments.items():
+            running.add(batch[name])
+        scores.add(batch["logits"], count)
+        if keep_every:
+            kept.append(batch["pool"][-count % keep_every :: keep_every].copy())
+        count += len(batch["pool"])
+    if count < 2:
+        raise UserError(f"metrics need two images at least, got {count}")
+    return Summary(
+        count,
+        moments["pool"].gaussian(),
+        moments["spatial"].gaussian(),
+        scores.value(),
+        np.concatenate(kept) if kept else None,
+    )
+
+
+def merge_over_hosts(moments: Moments) -> Moments:
+    """Returns the moments of all processes' rows; every process must call it."""
+    if jax.process_count() == 1:
+        return moments
+    from jax.experimental import multihost_utils
+
+    moments._settle()
+    flat = np.concatenate([[float(moments.count)], moments.mean, moments.scatter.ravel()])
+    # As bytes: JAX would make float32 of it.
+    gathered = np.asarray(multihost_utils.process_allgather(flat.view(np.uint32)))
+    size, whole = len(moments.mean), Moments(len(moments.mean))
+    for part in gathered.reshape(jax.process_count(), -1):
+        values = np.ascontiguousarray(part).view(np.float64)
+        if values[0]:
+            scatter = values[1 + size :].reshape(size, size)
+            whole._join(int(values[0]), values[1 : 1 + size], scatter)
+    return whole
+
+
+# ------------------------------------------------------------------------------- files
+def write_statistics(path: str | Path, summary: Summary, protocol: str, digest: str) -> None:
+    """Writes mu, sigma, mu_s and sigma_s as ADM's reference files have them; whole or not at all.
+
+    pytorch-fid reads mu and sigma from the same file. The protocol and the digest of the weights go
+    with them, so that `read_statistics` can refuse to compare what is not comparable.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays: dict[str, Any] = {"mu": summary.pool.mean, "sigma": summary.pool.covariance}
+    if summary.spatial is not None:
+        arrays |= {"mu_s": summary.spatial.mean, "sigma_s": summary.spatial.covariance}
+    temporary = path.with_name(f".{path.name}.part.npz")
+    try:
+        np.savez(temporary, count=summary.count, protocol=protocol, weights=digest, **arrays)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_statistics(path: str | Path, protocol: str, digest: str) -> Summary | None:
+    """Returns the statistics in an npz file, or None if it holds none (but maybe images, arr_0).
+
+    Raises UserError if it cannot be read, or says that it is of another protocol or other weights.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no reference {path}; give an npz file or a folder of images")
+    try:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as arrays:
+            names = set(arrays.files)
+            wanted = names & {"mu", "sigma", "mu_s", "sigma_s", "count", "protocol", "weights"}
+            held = {name: arrays[name] for name in wanted}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as e:
+        raise UserError(f"{path} is no npz file, or it is damaged: {e}") from None
+    if not {"mu", "sigma"} <= names:
+        return None
+    made = str(held.get("protocol", protocol))
+    if made != protocol:
+        raise UserError(
+            f"{path} has statistics of protocol {made}, not {protocol}: set "
+            f"config.evaluate.protocol={made} or make new ones"
+        )
+    if str(held.get("weights", digest)) != digest:
+        raise UserError(f"{path} has statistics of other weights, {held['weights']}: make new ones")
+    pairs = {}
+    for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
+        if {mean, covariance} <= held.keys():
+            a, b = (np.asarray(held[name], np.float64) for name in (mean, covariance))
+            if b.shape != (*a.shape, *a.shape) or a.ndim != 1:
+                raise UserError(f"{path}: {mean} {list(a.shape)} does not fit {list(b.shape)}")
+            pairs[mean] = Gaussian(a, b)
+    return Summary(int(held.get("count", 0)), pairs["mu"], pairs.get("mu_s"))

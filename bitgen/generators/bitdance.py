@@ -1,0 +1,294 @@
+"""BitDance (shallowdream204/BitDance `imagenet_gen/`): tokens in order, one or several at a time.
+
+Class tokens come first, then the image's tokens, `together` of them at once in square patches; the
+transformer's output at a group conditions the rectified-flow head that draws the next group.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from bitgen.errors import UserError
+from bitgen.heads.rectified_flow import RectifiedFlowHead
+from bitgen.nn.attention import Implementation, SelfAttention
+from bitgen.nn.mlp import GatedMLP, swiglu_width
+from bitgen.nn.norms import Dtype, RMSNorm
+from bitgen.nn.rope import grid_rotations
+
+
+class BitDance(nn.Module):
+    """Class labels to bits [b, h, w, k]; see `hidden`, `loss` and `samplers.autoregressive`."""
+
+    width: int = 768
+    layers: int = 24
+    heads: int = 12
+    bits: int = 32
+    grid: tuple[int, int] = (16, 16)
+    num_classes: int = 1000
+    class_tokens: int = 64
+    together: int = 1  # tokens drawn together, p
+    patch_order: bool = True  # groups are square patches; otherwise runs of a raster line
+    cells: int = 1  # side of the square of cells that is one token, "patch_size"
+    head_width: int = 768
+    head_layers: int = 6
+    head_modulations: int = 2
+    time_mean: float = -0.8
+    time_std: float = 0.8
+    draws: int = 4  # noises a token in training
+    flip_rate: float = 0.0  # a context bit is flipped with probability rate * u, u uniform
+    label_dropout: float = 0.1
+    dropout: float = 0.0
+    mlp_multiple: int = 256
+    norm_eps: float = 1e-6
+    rope_base: float = 10_000.0
+    attention: Implementation = None
+    remat: bool = False
+    dtype: Dtype = jnp.float32
+
+    @property
+    def token_grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        return self.grid[0] // self.cells, self.grid[1] // self.cells
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of an image, n."""
+        return math.prod(self.token_grid)
+
+    @property
+    def token_bits(self) -> int:
+        """Bits of a token, k."""
+        return self.bits * self.cells**2
+
+    @property
+    def first(self) -> int:
+        """Length of the sequence before the image's tokens: class and query tokens."""
+        return self.class_tokens + self.together - 1
+
+    @property
+    def length(self) -> int:
+        """Length of the sequence: the last group is no input."""
+        return self.first + self.tokens - self.together
+
+    def setup(self):
+        self._check()
+        normal = nn.initializers.normal(0.02)
+        shape = (self.num_classes + 1, self.class_tokens, self.width)
+        self.class_embedding = self.param("class_embedding", normal, shape, jnp.float32)
+        shape = (self.tokens, self.width)
+        self.position_embedding = self.param("position_embedding", normal, shape, jnp.float32)
+        if self.together > 1:
+            shape = (self.together - 1, self.width)
+            self.query_tokens = self.param("query_tokens", normal, shape, jnp.float32)
+        self.bits_in = GatedMLP(int(self.width * 1.5), self.width, use_bias=True, dtype=self.dtype)
+        self.input_norm = RMSNorm(self.norm_eps)
+        self.norm = RMSNorm(self.norm_eps)
+        self.head = RectifiedFlowHead(
+            self.token_bits,
+            self.head_width,
+            self.head_layers,
+            self.head_modulations,
+            self.together,
+            self.time_mean,
+            self.time_std,
+            self.draws,
+            self.remat,
+            dtype=self.dtype,
+        )
+
+    def block(self, *, dropout: float = 0.0, features: bool = False, scanned: bool = False):
+        """Returns the transformer's layer, which the sampler applies one by one."""
+        cls = nn.remat(Block, prevent_cse=False) if self.remat and scanned else Block
+        options: dict[str, Any] = {"parent": None}  # stands alone
+        if scanned:
+            over_all: Any = nn.broadcast
+            cls = nn.scan(
+                cls,
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=over_all,
+                length=self.layers,
+            )
+            options = {"name": "layers"}
+        return cls(
+            self.heads,
+            self.class_tokens - 1,
+            self.together,
+            swiglu_width(self.width, self.mlp_multiple),
+            self.norm_eps,
+            dropout,
+            self.attention,
+            features,
+            self.dtype,
+            **options,
+        )
+
+    def order(self, bits: Bool[Array, "b h w k"]) -> Bool[Array, "b g p k"]:
+        """Returns the tokens of an image in the order in which groups of p are drawn."""
+        b, (h, w), c, k = len(bits), self.token_grid, self.cells, self.bits
+        x = bits.reshape(b, h, c, w, c, k).transpose(0, 1, 3, 5, 2, 4)
+        x = x.reshape(b, h, w, -1)
+        if s := self._side:
+            x = x.reshape(b, h // s, s, w // s, s, -1).swapaxes(2, 3)
+        return x.reshape(b, -1, self.together, self.token_bits)
+
+    def arrange(self, groups: Bool[Array, "b g p k"]) -> Bool[Array, "b h w k"]:
+        """Returns the image of ordered tokens, the inverse of `order`."""
+        b, (h, w), c, k = len(groups), self.token_grid, self.cells, self.bits
+        x = groups.reshape(b, h, w, -1)
+        if s := self._side:
+            x = groups.reshape(b, h // s, w // s, s, s, -1).swapaxes(2, 3)
+        x = x.reshape(b, h, w, k, c, c).transpose(0, 1, 4, 2, 5, 3)
+        return x.reshape(b, h * c, w * c, k)
+
+    def embed_labels(self, labels: Int[Array, " b"]) -> Float[Array, "b first d"]:
+        """Returns the start of the sequence; the label `num_classes` is the null class."""
+        x = self.class_embedding[labels]
+        if self.together > 1:
+            query = jnp.broadcast_to(
+                self.query_tokens[None], (len(labels), *self.query_tokens.shape)
+            )
+            x = jnp.concatenate([x, query], axis=1)
+        return self.input_norm(x.astype(self.dtype))
+
+    def embed_bits(self, tokens: Bool[Array, "b n k"]) -> Float[Array, "b n d"]:
+        """Returns the tokens as inputs of the transformer."""
+        return self.input_norm(self.bits_in((tokens * 2.0 - 1).astype(self.dtype)))
+
+    def condition(
+        self, x: Float[Array, "b n d"], positions: Float[Array, "n d"]
+    ) -> Float[Array, "b n d"]:
+        """Returns the head's conditioning, float32, from the residual stream of a group."""
+        return self.norm(x).astype(jnp.float32) + positions.astype(jnp.float32)[None]
+
+    def hidden(
+        self, bits: Bool[Array, "b h w k"], labels: Int[Array, " b"], *, train: bool = False
+    ) -> Float[Array, "b n d"]:
+        """Returns the head's conditioning of each token, in drawing order, given those before."""
+        x, _ = self._transformer(bits, labels, train=train, features=False)
+        return self.condition(x[:, -self.tokens :], self.position_embedding)
+
+    def features(
+        self, bits: Bool[Array, "b h w k"], labels: Int[Array, " b"]
+    ) -> Float[Array, "l b n d"]:
+        """Returns the residual stream after each layer, where each token is predicted."""
+        _, features = self._transformer(bits, labels, train=False, features=True)
+        assert features is not None
+        return features[:, :, -self.tokens :]
+
+    def loss(
+        self, bits: Bool[Array, "b h w k"], labels: Int[Array, " b"], *, train: bool = True
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """Returns the mean loss over tokens and metrics; the rng is named 'loss'.
+
+        In training, labels are dropped to the null class at the rate `label_dropout`, and bits of
+        the context, not of the targets, are flipped.
+        """
+        flip_key, label_key, head_key = jax.random.split(self.make_rng("loss"), 3)
+        context = flip(bits, self.flip_rate, flip_key) if train else bits
+        if train and self.label_dropout > 0:
+            drop = jax.random.bernoulli(label_key, self.label_dropout, labels.shape)
+            labels = jnp.where(drop, self.num_classes, labels)
+        cond = self.hidden(context, labels, train=train)
+        losses, metrics = self.head.loss(
+            self.order(bits).reshape(-1, self.together, self.token_bits),
+            cond.reshape(-1, self.together, self.width),
+            head_key,
+        )
+        return losses.mean(), jax.tree.map(jnp.mean, metrics)
+
+    def rotations(self) -> np.ndarray:
+        """Returns the rotary (cos, sin) of the sequence [length, head_dim/2, 2]."""
+        cells = grid_rotations(
+            *self.token_grid,
+            self.width // self.heads,
+            self.rope_base,
+            offset=1.5,
+            columns_first=True,
+        )
+        h, w = self.token_grid
+        if s := self._side:
+            cells = cells.reshape(h // s, s, w // s, s, *cells.shape[1:]).swapaxes(1, 2)
+            cells = cells.reshape(h * w, -1, 2)
+        front = np.zeros((self.first, *cells.shape[1:]), np.float32)
+        front[..., 0] = 1  # position 0: not turned
+        return np.concatenate([front, cells])[: self.length]
+
+    @nn.compact
+    def _transformer(self, bits, labels, *, train: bool, features: bool):
+        """-> residual stream [b, length, d] and, if asked, each layer's [l, ...]."""
+        groups = self.order(bits)[:, :-1]  # [b, g - 1, p, k]
+        tokens = groups.reshape(len(bits), -1, self.token_bits)
+        x = jnp.concatenate([self.embed_labels(labels), self.embed_bits(tokens)], axis=1)
+        dropout = self.dropout if train else 0.0
+        layers = self.block(dropout=dropout, features=features, scanned=True)
+        return layers(x, jnp.asarray(self.rotations()))
+
+    @property
+    def _side(self) -> int:
+        """Side of a group's square, 0 if groups are in raster order."""
+        return math.isqrt(self.together) if self.patch_order and self.together > 1 else 0
+
+    def _check(self) -> None:
+        h, w = self.token_grid
+        if self.grid != (h * self.cells, w * self.cells):
+            raise UserError(f"bitdance's grid {self.grid} is no multiple of cells {self.cells}")
+        s = self._side
+        if s and (s * s != self.together or h % s or w % s):
+            raise UserError(
+                f"bitdance draws square patches that tile the grid {h} x {w}: "
+                f"together={self.together} does not"
+            )
+        if self.tokens % self.together:
+            raise UserError(f"{self.tokens} tokens are no multiple of together={self.together}")
+
+
+class Block(nn.Module):
+    """A layer of the transformer, over a whole sequence or with a cache of what came before."""
+
+    heads: int
+    causal: int  # tokens at the front that are no group
+    together: int
+    mlp_hidden: int
+    norm_eps: float
+    dropout: float
+    attention: Implementation
+    features: bool
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x, rotations, cache=None, start: Any = 0, length: int | None = None):
+        """-> x and, with a cache, the new one (see `SelfAttention`)."""
+        drop = nn.Dropout(self.dropout, deterministic=self.dropout == 0)
+        attention = SelfAttention(self.heads, self.attention, self.dtype, name="attention")
+        mlp = GatedMLP(self.mlp_hidden, x.shape[-1], dtype=self.dtype, name="mlp")
+        y = RMSNorm(self.norm_eps, name="attention_norm")(x)
+        # What follows the start of the sequence is one group, which reads all before and itself.
+        whole = cache is None or isinstance(start, int)
+        mask = group_causal_mask(x.shape[1], self.causal, self.together) if whole else None
+        if cache is None:
+            y = attention(y, rotations, mask)
+        else:
+            y, cache = attention(y, rotations, mask, cache, start, length)
+        x = x + drop(y)
+        x = x + drop(mlp(RMSNorm(self.norm_eps, name="mlp_norm")(x)))
+        return x, cache if cache is not None else x if self.features else None
+
+
+def flip(bits: Bool[Array, "*b"], rate: float, key: PRNGKeyArray) -> Bool[Array, "*b"]:
+    """Returns the bits, each flipped with probability `rate` times a uniform number of its own."""
+    threshold_key, flip_key = jax.random.split(key)
+    thresholds = rate * jax.random.uniform(threshold_key, bits.shape)
+    return bits ^ (jax.random.uniform(flip_key, bits.shape) < thresholds)
+
+
+def group_causal_mask(length: int, causal: int, together: int) -> Bool[np.ndarray, "n n"]:
+    """Returns who reads whom: all before, and the own group of `together` after `causal` tokens."""
+    group = np.maximum(np.arange(length) - causal, -1) // together
+    same = (group[:, None] == group[None]) & (group[None] >= 0)
+    return np.tri(length, dtype=bool) | same

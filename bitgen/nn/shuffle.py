@@ -1,0 +1,33 @@
+"""Space to channels and back, NHWC with PyTorch's order of channels, and skips across a resampling.
+
+The skips without parameters are those of DC-AE (arXiv 2410.10733).
+"""
+
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float
+
+
+def pixel_unshuffle(x: Float[Array, "b H W c"], factor: int) -> Float[Array, "b h w cff"]:
+    """Returns blocks of factor x factor pixels as channels, H = h · factor."""
+    return rearrange(x, "b (h i) (w j) c -> b h w (c i j)", i=factor, j=factor)
+
+
+def pixel_shuffle(x: Float[Array, "b h w cff"], factor: int) -> Float[Array, "b H W c"]:
+    """Returns channels as blocks of factor x factor pixels: undoes `pixel_unshuffle`."""
+    return rearrange(x, "b h w (c i j) -> b (h i) (w j) c", i=factor, j=factor)
+
+
+def average_channels(
+    x: Float[Array, "b H W c"], features: int, factor: int = 1
+) -> Float[Array, "b h w features"]:
+    """Returns x made smaller by `factor`, the means of neighbouring channels after unshuffling."""
+    x = pixel_unshuffle(x, factor)
+    return rearrange(x, "b h w (c g) -> b h w c g", c=features).mean(-1)
+
+
+def repeat_channels(
+    x: Float[Array, "b h w c"], features: int, factor: int = 1
+) -> Float[Array, "b H W features"]:
+    """Returns x made larger by `factor`, each channel repeated before shuffling."""
+    return pixel_shuffle(jnp.repeat(x, features * factor**2 // x.shape[-1], axis=-1), factor)

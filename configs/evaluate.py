@@ -1,0 +1,50 @@
+r"""Metrics as the field computes them: of generated images, of reconstructions, of representations.
+
+    EVALUATE="python -m bitgen.main --config=configs/evaluate.py --mode=evaluate"
+
+ADM's suite on a file of samples and on its reference, both npz; or on two folders of images:
+
+    $EVALUATE --workdir=runs/a --config.evaluate.samples=samples.npz \
+        --config.evaluate.reference=VIRTUAL_imagenet256_labeled.npz
+
+A generator directly, 50 images of each class, without writing them; then a sweep of guidance, which
+also draws FID against Inception score:
+
+    $EVALUATE --workdir=runs/b --config.evaluate.reference=VIRTUAL_imagenet256_labeled.npz \
+        --config.generator=zoo:bigr_L_d24 --config.tokenizer=zoo:bigr_bae_d24
+    $EVALUATE --workdir=runs/b --config.evaluate.reference=VIRTUAL_imagenet256_labeled.npz \
+        --config.evaluate.scales=1,1.5,2,2.5,3,4
+
+A reference of your own data, kept for later; a tokenizer by pytorch-fid's protocol, with LPIPS; a
+linear probe of each layer (the features are held in memory: images x layers x width x 4 bytes):
+
+    $EVALUATE --workdir=runs/c --config.data.source=folder --config.data.path=pictures \
+        --config.data.image_size=256 --config.evaluate.save_reference=reference.npz \
+        --config.evaluate.samples=samples.npz
+    $EVALUATE --workdir=runs/d --config.evaluate.kind=reconstruction \
+        --config.evaluate.protocol=pytorch_fid --config.evaluate.lpips=hub \
+        --config.tokenizer=zoo:bigr_bae_d24 --config.data.path=imagenet/val
+    $EVALUATE --workdir=runs/e --config.evaluate.kind=probe --config.data.path=imagenet/train \
+        --config.evaluate.images=100000 --config.evaluate.layers=6-17
+
+Inception's weights are one of three files; without them a run says which, and where to put it.
+`--config.evaluate.protocol=random` needs no file: its numbers compare only with themselves.
+
+Hardware: any. A killed run of a generator goes on by the same command; batch size and number of
+devices do not change the images. Times on an accelerator and published numbers have not been
+measured here.
+"""
+
+from bitgen import config
+
+
+def get_config():
+    """Returns the settings."""
+    c = config.base()
+    c.tokenizer = "zoo:bigr_bae_d24"
+    c.generator = "zoo:bigr_L_d24"
+    c.data.source = "folder"
+    c.data.image_size = 256
+    c.sample.labels = "all"
+    c.sample.per_label = 50
+    return c
