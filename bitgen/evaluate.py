@@ -13,7 +13,7 @@ from bitgen import __version__, model_directory
 from bitgen.data.images import write_png
 from bitgen.errors import UserError, choose
 from bitgen.evaluation import generation, probe
-from bitgen.evaluation.features import make_extractor
+from bitgen.evaluation.features import PROTOCOLS, make_extractor
 from bitgen.evaluation.images import pixels, read_data, read_images
 from bitgen.evaluation.plot import plot
 from bitgen.evaluation.reconstruction import measure_tokenizer
@@ -76,6 +76,7 @@ def _generation(config: Any, workdir: Path) -> None:
     kept = 0 if reference.features is None else len(reference.features)
     report = {
         "protocol": settings.protocol,
+        "compare_with": PROTOCOLS[settings.protocol].compare_with,
         "weights": extractor.digest,
         "reference": settings.reference or config.data.to_dict(),
         "counts": {

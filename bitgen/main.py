@@ -18,7 +18,7 @@ from bitgen.errors import UserError, choose
 from bitgen.logging import quiet, say
 
 # Each is bitgen.<module>.run(config, workdir).
-MODES = ("train", "tokenize", "sample", "edit", "reconstruct")
+MODES = ("train", "tokenize", "sample", "edit", "reconstruct", "evaluate")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File of configs/, or your own.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")

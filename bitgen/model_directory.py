@@ -215,8 +215,20 @@ def _write_carried(path: Path, carried: Iterable[tuple[str, np.ndarray]]) -> Non
             file.close()
 
 
+def check_bits(module: Any, path: str | os.PathLike) -> None:
+    """Raises UserError unless the tokenizer gives one grid of bits, as generators make them."""
+    if not module.bits:
+        raise UserError(f"{path} gives continuous latents, no bits: set its quantizer in training")
+    if scales := getattr(module, "scales", ()):
+        raise UserError(
+            f"{path} gives bits at {len(scales)} scales, and bits on disk and generators have one "
+            "grid: choose a tokenizer with one grid"
+        )
+
+
 def check_fit(generator: Model, tokenizer: Model) -> None:
     """Raises UserError unless the generator makes the bits that the tokenizer reads."""
+    check_bits(tokenizer.module, tokenizer.path)
     for what, made, read in (
         ("bits a token", generator.module.bits, tokenizer.module.bits),
         ("grid", tuple(generator.module.grid), tuple(tokenizer.module.grid)),

@@ -44,22 +44,24 @@ def run(config: Any, workdir: Path) -> None:
         padded = np.concatenate([images, np.repeat(images[-1:], size - real, axis=0)])
         recon, each, bits = jax.device_get(reconstruct(tokenizer.params, padded))
         psnr.append(each[:real])
-        scales = jax.tree.leaves(bits)  # several, or one
-        ones.append(sum(x[:real].sum((0, 1, 2)) for x in scales))
-        tokens = sum(x.shape[1] * x.shape[2] for x in scales)
+        if tokenizer.module.bits:
+            scales = jax.tree.leaves(bits)  # several, or one
+            ones.append(sum(x[:real].sum((0, 1, 2)) for x in scales))
+            tokens = sum(x.shape[1] * x.shape[2] for x in scales)
         if count < 4 * settings.columns:
             shown.append((images, recon[:real]))
         count += real
         if settings.images and count >= settings.images:
             break
-    share = sum(ones) / (count * tokens)
     result = {
         "tokenizer": str(tokenizer.path),
         "images": count,
         "psnr": float(np.concatenate(psnr).mean()),
-        "bits_used": float(np.mean((share > 0) & (share < 1))),
-        "bits_per_image": tokens * tokenizer.module.bits,
     }
+    if tokenizer.module.bits:  # not for continuous latents
+        share = sum(ones) / (count * tokens)
+        result["bits_used"] = float(np.mean((share > 0) & (share < 1)))
+        result["bits_per_image"] = tokens * tokenizer.module.bits
     if jax.process_index() == 0:
         above, below = (
             np.concatenate(part)[: 4 * settings.columns] for part in zip(*shown, strict=True)
@@ -68,5 +70,6 @@ def run(config: Any, workdir: Path) -> None:
         (workdir / "reconstructions.json").write_text(json.dumps(result, indent=2) + "\n")
     say(
         f"{count} images of split {settings.split!r}: PSNR {result['psnr']:.2f} dB, "
-        f"{result['bits_used']:.0%} of the bits in use; {workdir / 'reconstructions.png'}"
+        + (f"{result['bits_used']:.0%} of the bits in use; " if "bits_used" in result else "")
+        + str(workdir / "reconstructions.png")
     )

@@ -23,11 +23,7 @@ def run(config: Any, workdir: Path) -> None:
         raise UserError("tokenize runs in one process: start it on one host")
     settings, mesh = config.tokenize, make_mesh(**config.mesh)
     tokenizer = model_directory.load(config.tokenizer, "tokenizer", replicated(mesh))
-    if scales := getattr(tokenizer.module, "scales", ()):
-        raise UserError(
-            f"{tokenizer.path} gives bits at {len(scales)} scales, and a bits folder holds one "
-            "grid an image: choose a tokenizer with one grid"
-        )
+    model_directory.check_bits(tokenizer.module, tokenizer.path)
     source = config.data.copy_and_resolve_references()
     source.split, source.image_size = settings.split, tokenizer.module.image_size
     size = even_batch(settings.batch_size, mesh)

@@ -323,7 +323,7 @@ def bitdance_results(spec: dict, arrays: Arrays, tolerance: float) -> Iterator[R
 
     bits, labels = jnp.asarray(nhwc(arrays["codes"])) > 0, jnp.asarray(arrays["label"], jnp.int32)
     yield like(apply(bits, labels, method="hidden"), "head_cond")
-    yield like(apply(bits, method="order") * 2.0 - 1, "head_target")
+    yield like(module.order(bits) * 2.0 - 1, "head_target")
 
     def grouped(name, last=module.token_bits):
         return jnp.asarray(arrays[name]).reshape(-1, module.together, last)

@@ -65,7 +65,7 @@ def test_the_cache_gives_what_a_whole_sequence_gives(models, together):
     labels = jnp.array([0, 3, module.num_classes])
     bits = jax.random.bernoulli(jax.random.key(1), 0.5, (3, 4, 4, 6))
     whole = module.apply({"params": params}, bits, labels, method="hidden")
-    groups = module.apply({"params": params}, bits, method="order")
+    groups = module.order(bits)
 
     @jax.jit
     def walk(params):
@@ -85,11 +85,10 @@ def test_the_cache_gives_what_a_whole_sequence_gives(models, together):
 def test_a_token_reads_only_what_was_drawn_before_its_group(models, together):
     module, params = models[together]
     bits = jax.random.bernoulli(jax.random.key(1), 0.5, (1, 16 // together, together, 6))
-    arrange = jax.jit(lambda b: module.apply({"params": params}, b, method="arrange"))
     hidden = jax.jit(lambda b: module.apply({"params": params}, b, jnp.array([2]), method="hidden"))
-    before = hidden(arrange(bits))
+    before = hidden(module.arrange(bits))
     for group in range(16 // together):
-        moved = hidden(arrange(bits.at[:, group].set(~bits[:, group])))
+        moved = hidden(module.arrange(bits.at[:, group].set(~bits[:, group])))
         same = np.isclose(before, moved, rtol=0, atol=1e-6).all((0, 2)).reshape(-1, together)
         assert same[: group + 1].all(), group
         assert not same[group + 1 :].any(), group
@@ -135,12 +134,12 @@ def test_the_number_of_segments_changes_nothing(models):
 def test_guidance_one_is_no_guidance(models):
     module, params = models[4]
     conds = jax.random.normal(jax.random.key(0), (2, 3, 4, 32))
-    keys = image_keys(3, np.arange(3))
+    noise = jax.random.normal(jax.random.key(1), (6, 3, 4, 6))
 
     def head(uncond, scale):
         return module.apply(
             {"params": params},
-            lambda i: jax.random.normal(jax.random.fold_in(keys[0], i), (3, 4, 6)),
+            lambda i: noise[i],
             method=lambda m, noise: m.head.sample_given(conds[0], uncond, noise, 5, scale),
         )
 
@@ -220,16 +219,16 @@ def test_order_visits_each_cell_once_and_arrange_undoes_it(fields):
     # Each cell its own pattern.
     numbers = np.arange(16).reshape(1, 4, 4, 1)
     bits = jnp.asarray((numbers >> np.arange(6)) & 1).astype(bool)
-    groups = module.apply({}, bits, method="order")
+    groups = module.order(bits)
     p, k = module.together, module.token_bits
     assert groups.shape == (1, module.tokens // p, p, k)
-    np.testing.assert_array_equal(module.apply({}, groups, method="arrange"), bits)
+    np.testing.assert_array_equal(module.arrange(groups), bits)
 
 
 def test_groups_are_square_patches():
     numbers = np.arange(16).reshape(1, 4, 4, 1)
     bits = jnp.asarray((numbers >> np.arange(6)) & 1).astype(bool)
-    groups = np.asarray(SMALL.clone(together=4).apply({}, bits, method="order"))
+    groups = np.asarray(SMALL.clone(together=4).order(bits))
     cells = (groups << np.arange(6)).sum(-1)[0]
     expected = [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
     np.testing.assert_array_equal(cells, expected)

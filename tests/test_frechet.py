@@ -5,6 +5,7 @@ import pytest
 from synthetic import GOLDENS
 
 from bitgen.errors import UserError
+from bitgen.evaluation import statistics
 from bitgen.evaluation.frechet import frechet_distance, kernel_distance
 from bitgen.evaluation.manifold import precision_recall
 from bitgen.evaluation.statistics import (
@@ -40,9 +41,10 @@ def test_fid_is_adms(golden):
 @pytest.mark.parametrize("split", [5000, 250])
 @pytest.mark.parametrize("batch", [1000, 77])
 def test_inception_score_is_adms(golden, split, batch):
-    logits, scores = np.log(golden["softmax"]) + 3.0, Scores(split)
+    logits, scores = np.log(golden["softmax"]) + 3.0, Scores()
     for start in range(0, len(logits), batch):
-        scores.add(logits[start : start + batch], start)
+        part = logits[start : start + batch]
+        scores.add(part, (start + np.arange(len(part))) // split)
     assert scores.value() == pytest.approx(float(golden[f"inception_score_split{split}"]), rel=1e-6)
 
 
@@ -91,10 +93,10 @@ def test_merging_is_direct(golden):
     np.testing.assert_allclose(
         parts[0].gaussian().covariance, np.cov(rows, rowvar=False), rtol=1e-9, atol=1e-12
     )
-    scores = [Scores(250), Scores(250), Scores(250)]
+    scores, splits = [Scores(), Scores(), Scores()], np.arange(1000) // 250
     for one in scores[::2]:
-        one.add(np.log(softmax[300:]), 300)
-    scores[1].add(np.log(softmax[:300]), 0)
+        one.add(np.log(softmax[300:]), splits[300:])
+    scores[1].add(np.log(softmax[:300]), splits[:300])
     scores[0].merge(scores[1])
     assert scores[0].value() == pytest.approx(float(golden["inception_score_split250"]), rel=1e-6)
     assert scores[2].value() != pytest.approx(scores[0].value(), rel=1e-6)
@@ -144,16 +146,31 @@ def test_summary_keeps_every_nth_image_of_any_batches(golden):
             yield {"pool": part, "spatial": part[:, :5], "logits": part}
 
     for batch in (400, 7, 64):
-        found = summarise(stream(batch), keep_every=30)
+        found = summarise(stream(batch), 400, keep_every=30)
         np.testing.assert_array_equal(found.features, rows[::30])
         assert found.count == 400
-        assert summarise(stream(batch), keep_every=0).features is None
+        assert summarise(stream(batch), 400, keep_every=0).features is None
         np.testing.assert_allclose(found.spatial.covariance, np.cov(rows[:, :5], rowvar=False))
+
+
+def test_inception_score_of_images_in_order_of_their_class(monkeypatch):
+    monkeypatch.setattr(statistics, "SPLIT", 50)
+    logits = 20.0 * np.eye(10)[np.repeat(np.arange(10), 20)]  # each is sure of its class
+
+    def stream(rows):
+        for part in np.array_split(rows, 7):
+            yield {"pool": part, "spatial": part, "logits": part}
+
+    found = summarise(stream(logits), 200)
+    assert found.score == pytest.approx(10, rel=1e-3)
+    assert found.score_in_order < 4  # a split of 50 images has three classes
+    shuffled = summarise(stream(np.random.default_rng(0).permutation(logits)), 200)
+    assert shuffled.score == pytest.approx(shuffled.score_in_order, rel=0.1)
 
 
 def test_statistics_go_to_a_file_of_adms_form_and_back(golden, tmp_path):
     rows = golden["ref_acts"]
-    summary = Summary(400, gaussian(rows), gaussian(rows[:, :5]), 3.0, rows)
+    summary = Summary(400, gaussian(rows), gaussian(rows[:, :5]))
     path = tmp_path / "below" / "statistics.npz"
     write_statistics(path, summary, "adm", "d1")
     with np.load(path) as arrays:
@@ -198,4 +215,4 @@ def test_errors_say_what_does_not_fit(tmp_path):
     with pytest.raises(UserError, match="two images"):
         gaussian(rows[:1])
     with pytest.raises(UserError, match="two images"):
-        summarise([])
+        summarise([], 0)

@@ -20,13 +20,12 @@ from bitgen.evaluation.features import Extractor
 from bitgen.evaluation.frechet import frechet_distance, kernel_distance
 from bitgen.evaluation.images import holds_images, pixels, read_data, read_images
 from bitgen.evaluation.manifold import precision_recall
-from bitgen.evaluation.statistics import Summary, read_statistics, summarise
+from bitgen.evaluation.statistics import SPLIT, Summary, read_statistics, summarise
 from bitgen.evaluation.store import FeatureStore
 from bitgen.labels import class_names_of, parse_labels
 from bitgen.logging import say
 from bitgen.mesh import even_batch, make_mesh, replicated
-from bitgen.samplers.images import image_keys, image_sampler
-from bitgen.samplers.masked import MaskedPlan
+from bitgen.samplers.images import image_keys, image_sampler, make_plan
 
 Row = dict[str, Any]
 
@@ -45,6 +44,8 @@ def compare(sample: Summary, reference: Summary, extractor: Extractor) -> Row:
     if sample.spatial is not None and reference.spatial is not None:
         row["sfid"] = frechet_distance(sample.spatial, reference.spatial)
     row["inception_score"] = sample.score
+    if sample.count > SPLIT:  # otherwise they are the same
+        row["inception_score_in_order"] = sample.score_in_order
     if sample.features is not None and reference.features is not None:
         row["precision"], row["recall"] = precision_recall(reference.features, sample.features)
         row["kid"] = kernel_distance(sample.features, reference.features)[0]
@@ -55,7 +56,7 @@ def measure_images(
     name: str, count: int, batches: Iterable[np.ndarray], extractor: Extractor
 ) -> Summary:
     """Returns the summary of `count` images, which the progress line calls `name`."""
-    return summarise(told(extractor.stream(batches), count, name))
+    return summarise(told(extractor.stream(batches), count, name), count)
 
 
 def measure_reference(config: Any, extractor: Extractor, image_size: int) -> Summary:
@@ -72,7 +73,7 @@ def measure_reference(config: Any, extractor: Extractor, image_size: int) -> Sum
         count = batches.num_examples
         stream = told(extractor.stream(pixels(batches)), count, f"split {settings.split!r}")
         keep_every = -(-count // settings.manifold) if settings.manifold else 0
-        return summarise(stream, keep_every)
+        return summarise(stream, count, keep_every)
     known = None
     if not Path(path).is_dir():
         known = read_statistics(path, extractor.protocol, extractor.digest)
@@ -109,7 +110,7 @@ class GeneratorRun:
             done = store.next_index
             rate = (done - first) / (time.monotonic() - started)
             say(f"guidance {scale:g}: measured {done}/{store.count}, {rate:.2f} images/s")
-        return summarise(store.read())
+        return summarise(store.read(), store.count)
 
     def remove_stores(self) -> None:
         """Deletes the features, once they are not needed."""
@@ -133,8 +134,14 @@ class GeneratorRun:
         """Yields the images from index `first` on, in batches of one size, the last cut."""
         count, labels = len(self.labels), self.labels
         size = even_batch(min(self.config.sample.batch_size, count), self.mesh)
-        plan = MaskedPlan(**{**self.config.sampler.to_dict(), "guidance": scale})
-        sampler = image_sampler(self.generator.module, self.tokenizer.module, plan, self.mesh)
+        settings = {**self.config.sampler.to_dict(), "guidance": scale}
+        sampler = image_sampler(
+            self.generator.module,
+            self.tokenizer.module,
+            make_plan(self.generator.module, settings),
+            self.mesh,
+            self.config.sample.decode_batch,
+        )
         for start in range(first, count, size):
             indices = np.arange(start, start + size)
             images = sampler(

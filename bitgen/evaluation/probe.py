@@ -17,7 +17,6 @@ from jaxtyping import Float, Int
 
 from bitgen.data.packed import unpack_bits
 from bitgen.errors import UserError
-from bitgen.generators.bigr import BiGR
 from bitgen.mesh import BATCH, batch_sharding
 from bitgen.pixels import from_uint8
 
@@ -40,8 +39,6 @@ def layer_features(
         else:
             variables = {"params": tokenizer_params}
             bits = tokenizer.apply(variables, from_uint8(inputs), method="encode")
-        if isinstance(generator, BiGR):
-            bits = bits.reshape(len(inputs), generator.tokens, generator.bits)
         # The null class: a label would give the answer away.
         labels = jnp.full(len(inputs), generator.num_classes, jnp.int32)
         variables = {"params": generator_params}

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from bitgen.errors import UserError
 
@@ -71,22 +71,20 @@ class Moments:
 
 
 class Scores:
-    """Sums for the Inception score, for each split of 5,000 images in their order."""
+    """Sums for the Inception score, for each split of the images."""
 
-    def __init__(self, split: int = SPLIT):
-        self.split = split
+    def __init__(self):
         self.sums: dict[int, list[Any]] = {}  # split -> count, sum p, sum p log p
 
-    def add(self, logits: Float[np.ndarray, "n c"], start: int) -> None:
-        """Adds the logits of the images from index `start` on."""
+    def add(self, logits: Float[np.ndarray, "n c"], splits: Int[np.ndarray, " n"]) -> None:
+        """Adds the logits of images, and to which split each belongs."""
         logits = np.asarray(logits, np.float64)
         logits = logits - logits.max(1, keepdims=True)
         log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
         p = np.exp(log_p)
-        place = (start + np.arange(len(p))) // self.split
-        for i in np.unique(place):
-            rows = place == i
-            self._join(int(i), [rows.sum(), p[rows].sum(0), (p[rows] * log_p[rows]).sum()])
+        for split in np.unique(splits):
+            rows = splits == split
+            self._join(int(split), [rows.sum(), p[rows].sum(0), (p[rows] * log_p[rows]).sum()])
 
     def _join(self, split: int, sums: list[Any]) -> None:
         before = self.sums.get(split, [0, 0.0, 0.0])
@@ -114,31 +112,42 @@ class Summary:
     count: int
     pool: Gaussian
     spatial: Gaussian | None = None
-    score: float | None = None  # Inception score
+    score: float | None = None  # Inception score, the splits spread over the images
+    score_in_order: float | None = None  # with every 5,000 images in their order as a split
     features: Float[np.ndarray, "n d"] | None = None  # pool features of single images
 
 
-def summarise(features: Iterable[dict[str, np.ndarray]], keep_every: int = 1) -> Summary:
-    """Returns the summary of a stream of features; each `keep_every`-th is kept, 0: none."""
+def summarise(
+    features: Iterable[dict[str, np.ndarray]], total: int, keep_every: int = 1
+) -> Summary:
+    """Returns the summary of a stream of features of about `total` images.
+
+    Each `keep_every`-th image's are kept, 0: none. The Inception score of ADM's suite takes every
+    5,000 images as they lie in the file, and is far too low if they lie in order of their class;
+    so there is a second one, whose as many splits have every image in turn.
+    """
     count, kept = 0, []
     moments: dict[str, Moments] = {}
-    scores = Scores()
+    spread, in_order, splits = Scores(), Scores(), max(1, -(-total // SPLIT))
     for batch in features:
         if not moments:
             moments = {name: Moments(batch[name].shape[1]) for name in ("pool", "spatial")}
         for name, running in moments.items():
             running.add(batch[name])
-        scores.add(batch["logits"], count)
+        places = count + np.arange(len(batch["pool"]))
+        spread.add(batch["logits"], places % splits)
+        in_order.add(batch["logits"], places // SPLIT)
         if keep_every:
             kept.append(batch["pool"][-count % keep_every :: keep_every].copy())
-        count += len(batch["pool"])
+        count += len(places)
     if count < 2:
         raise UserError(f"metrics need two images at least, got {count}")
     return Summary(
         count,
         moments["pool"].gaussian(),
         moments["spatial"].gaussian(),
-        scores.value(),
+        spread.value(),
+        in_order.value(),
         np.concatenate(kept) if kept else None,
     )
 

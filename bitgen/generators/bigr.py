@@ -98,9 +98,10 @@ class BiGR(nn.Module):
         return cond + self.position_embedding[None]
 
     def features(
-        self, bits: Bool[Array, "b n k"], labels: Int[Array, " b"]
+        self, bits: Bool[Array, "b h w k"], labels: Int[Array, " b"]
     ) -> Float[Array, "l b n d"]:
         """Returns the residual stream after each layer with nothing masked, as BiGR probes it."""
+        bits = bits.reshape(len(bits), self.tokens, self.bits)
         mask = jnp.zeros(bits.shape[:2], bool)
         _, features = self._transformer(
             bits, mask, self.embed_labels(labels), train=False, features=True

@@ -101,6 +101,7 @@ class BitDance(nn.Module):
             dtype=self.dtype,
         )
 
+    @nn.nowrap
     def block(self, *, dropout: float = 0.0, features: bool = False, scanned: bool = False):
         """Returns the transformer's layer, which the sampler applies one by one."""
         cls = nn.remat(Block, prevent_cse=False) if self.remat and scanned else Block
@@ -128,6 +129,7 @@ class BitDance(nn.Module):
             **options,
         )
 
+    @nn.nowrap
     def order(self, bits: Bool[Array, "b h w k"]) -> Bool[Array, "b g p k"]:
         """Returns the tokens of an image in the order in which groups of p are drawn."""
         b, (h, w), c, k = len(bits), self.token_grid, self.cells, self.bits
@@ -137,6 +139,7 @@ class BitDance(nn.Module):
             x = x.reshape(b, h // s, s, w // s, s, -1).swapaxes(2, 3)
         return x.reshape(b, -1, self.together, self.token_bits)
 
+    @nn.nowrap
     def arrange(self, groups: Bool[Array, "b g p k"]) -> Bool[Array, "b h w k"]:
         """Returns the image of ordered tokens, the inverse of `order`."""
         b, (h, w), c, k = len(groups), self.token_grid, self.cells, self.bits
@@ -202,6 +205,7 @@ class BitDance(nn.Module):
         )
         return losses.mean(), jax.tree.map(jnp.mean, metrics)
 
+    @nn.nowrap
     def rotations(self) -> np.ndarray:
         """Returns the rotary (cos, sin) of the sequence [length, head_dim/2, 2]."""
         cells = grid_rotations(

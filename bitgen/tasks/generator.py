@@ -39,6 +39,7 @@ class GeneratorTask:
         else:
             info = model_directory.read_info(config.tokenizer)
             tokenizer = build.make_module("tokenizer", info["family"], info["hparams"])
+            model_directory.check_bits(tokenizer, config.tokenizer)
             source, made = config.tokenizer, (tokenizer.bits, tuple(tokenizer.grid))
             self.info["origin"] = {"tokenizer": model_directory.identity(config.tokenizer)}
         for name, want, have in zip(

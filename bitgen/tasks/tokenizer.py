@@ -16,6 +16,7 @@ from bitgen.errors import UserError
 from bitgen.losses import adversarial
 from bitgen.losses.augment import diff_augment
 from bitgen.losses.lpips import load_lpips, lpips_distance
+from bitgen.nn.shuffle import pixel_shuffle, pixel_unshuffle
 from bitgen.pixels import from_uint8, to_uint8
 from bitgen.state import TrainState, ema_update, with_leaves, with_params
 
@@ -220,9 +221,12 @@ class TokenizerTask:
         kernel = params
         for name in (*self.module.last_layer, "kernel"):
             kernel = kernel[name]
+        # A last layer may make the pixels of a square as channels, to be shuffled into place.
+        side = getattr(self.module, "last_shuffle", 1)
+        unshuffled = pixel_unshuffle(recon, side)
         gradients = adversarial.last_layer_gradients(
-            losses,
-            recon,
+            [lambda y, loss=loss: loss(pixel_shuffle(y, side)) for loss in losses],
+            unshuffled,
             last_input,
             kernel_size=kernel.shape[:2],
             image_scale=self.module.image_scale,
@@ -230,7 +234,7 @@ class TokenizerTask:
         weight = config.gan_weight * adversarial.adaptive_weight(
             gradients.kernels[0], gradients.kernels[1], config.gan_max_weight
         )
-        value = adversarial.weighted_loss(recon, gradients, (1.0, weight))
+        value = adversarial.weighted_loss(unshuffled, gradients, (1.0, weight))
         metrics, stats = gradients.metrics
         return value, {**metrics, "gan": gradients.values[1], "gan_weight": weight}, stats
 
