@@ -17,6 +17,8 @@ FREE = (
     "train.log_every",
     "train.preview_every",
     "train.preview_images",
+    "train.fid_every",
+    "train.fid_images",
     "train.checkpoint_every",
     "train.keep",
     "data.path",
@@ -32,6 +34,7 @@ FREE = (
     "sample",
     "tokenize",
     "reconstruct",
+    "evaluate",
 )
 
 

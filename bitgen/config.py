@@ -33,6 +33,10 @@ def base(generator: str = "bigr") -> Any:
     config.train.log_every = 100
     config.train.preview_every = 5_000  # pictures; 0: none
     config.train.preview_images = 32
+    # A small FID (of a tokenizer rFID) of the averaged model against config.data, by the protocol,
+    # weights, reference and batch size of config.evaluate; 0: none.
+    config.train.fid_every = 0
+    config.train.fid_images = 2_000
     config.train.checkpoint_every = 5_000
     config.train.keep = 2  # newest checkpoints kept
     config.train.stochastic_bits = True  # online encoding draws bits instead of rounding
@@ -59,6 +63,7 @@ def base(generator: str = "bigr") -> Any:
     config.sample.labels = "all"  # indices and ranges: 0-9,207,360
     config.sample.per_label = 1
     config.sample.batch_size = 64  # over all devices
+    config.sample.dtype = "float32"  # of the computation; bfloat16 is faster on TPU and GPU
     config.sample.decode_batch = 0  # images that a device decodes at a time; 0: all of its batch
     config.sample.columns = 0  # of the grid; 0: per_label, or a square
     config.sample.output = "samples.png"  # below the workdir
@@ -98,7 +103,7 @@ def base(generator: str = "bigr") -> Any:
     config.evaluate.kind = "generation"  # or reconstruction, probe
     # adm | pytorch_fid; random: a small random network, to try things out; none: no features
     config.evaluate.protocol = "adm"
-    config.evaluate.weights = ""  # file of Inception's weights; '': the one in the cache
+    config.evaluate.weights = ""  # Inception's: zoo:inception_adm or a file; '': in the cache
     config.evaluate.samples = ""  # npz or folder; '': of the generator, config.sample's labels
     config.evaluate.scales = ""  # of guidance, 1,1.5,2: a sweep; '': config.sampler.guidance
     config.evaluate.reference = ""  # npz (ADM's) or folder; '': config.data

@@ -77,12 +77,11 @@ def run(config: Any, workdir: Path) -> None:
 
     # ---- Models ----
     mesh = make_mesh(**config.mesh)
-    path = config.generator or workdir / "model"
-    generator = model_directory.load(path, "generator", replicated(mesh))
-    tokenizer = model_directory.load(config.tokenizer, "tokenizer", replicated(mesh))
+    generator, tokenizer = model_directory.load_pair(config, workdir, replicated(mesh))
     if not isinstance(generator.module, BiGR):
-        raise UserError(f"edit needs a bigr generator, {path} is a {generator.info['family']}")
-    model_directory.check_fit(generator, tokenizer)
+        raise UserError(
+            f"edit needs a bigr generator, {generator.path} is a {generator.info['family']}"
+        )
 
     # ---- What to draw ----
     labels = read_labels(settings, generator)

@@ -22,7 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from bitgen import __version__, build, streaming
-from bitgen.errors import UserError
+from bitgen.errors import UserError, choose
 from bitgen.streaming import LazyArray
 
 FORMAT = 1
@@ -213,6 +213,23 @@ def _write_carried(path: Path, carried: Iterable[tuple[str, np.ndarray]]) -> Non
     finally:
         if file is not None:
             file.close()
+
+
+def load_pair(config: Any, workdir: Path, sharding: Any) -> tuple[Model, Model]:
+    """Returns the generator and the tokenizer of a config, to compute in `config.sample.dtype`.
+
+    The generator is `config.generator`, or the one that was trained in the workdir. Raises
+    UserError if one cannot be loaded, or they do not fit.
+    """
+    dtype = choose("dtype", config.sample.dtype, build.DTYPES)
+    generator = load(config.generator or workdir / "model", "generator", sharding)
+    tokenizer = load(config.tokenizer, "tokenizer", sharding)
+    check_fit(generator, tokenizer)
+    one, other = (
+        dataclasses.replace(model, module=model.module.clone(dtype=dtype))
+        for model in (generator, tokenizer)
+    )
+    return one, other
 
 
 def check_bits(module: Any, path: str | os.PathLike) -> None:

@@ -28,9 +28,7 @@ def run(config: Any, workdir: Path) -> None:
         raise UserError("sample runs in one process: start it on one host")
     settings, mesh = config.sample, make_mesh(**config.mesh)
     everywhere = replicated(mesh)
-    generator = model_directory.load(config.generator or workdir / "model", "generator", everywhere)
-    tokenizer = model_directory.load(config.tokenizer, "tokenizer", everywhere)
-    model_directory.check_fit(generator, tokenizer)
+    generator, tokenizer = model_directory.load_pair(config, workdir, everywhere)
     classes = parse_labels(
         settings.labels, generator.module.num_classes, class_names_of(generator.info)
     )
@@ -48,6 +46,7 @@ def run(config: Any, workdir: Path) -> None:
             "tokenizer": tokenizer.info["digest"],
             "labels": hashlib.sha256(labels.astype(np.int64).tobytes()).hexdigest()[:16],
             "seed": config.seed,
+            "dtype": settings.dtype,
             "sampler": config.sampler.to_dict(),
         },
     )

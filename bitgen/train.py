@@ -14,6 +14,7 @@ import numpy as np
 from bitgen import data, model_directory
 from bitgen.checkpoint import Checkpoints
 from bitgen.errors import UserError, choose
+from bitgen.evaluation import schedule
 from bitgen.flops import count_flops
 from bitgen.logging import Progress, RunLog, merged, say
 from bitgen.mesh import make_mesh, replicated, shards_of_batch, to_device
@@ -39,6 +40,7 @@ def _run(config: Any, workdir: Path, stack: contextlib.ExitStack) -> None:
     task = choose("task", settings.task, TASKS)(config)
     mesh = make_mesh(**config.mesh)
     _check(config, mesh)
+    extractor = schedule.check(config, mesh)
 
     # -------------------------------------------------------------------- data
     batches = data.make_batches(
@@ -72,6 +74,10 @@ def _run(config: Any, workdir: Path, stack: contextlib.ExitStack) -> None:
     size = sum(leaf.size for leaf in jax.tree.leaves(state.params["model"]))
     say(f"training {config.model.family}: {size / 1e6:.1f} M parameters, {mesh.size} devices")
 
+    fid = None
+    if extractor is not None and step < last:
+        fid = schedule.start(config, task, mesh, extractor, workdir)
+
     # ------------------------------------------------------------------- steps
     def train_step(state: TrainState, frozen, batch, stage: bool):
         return task.step(state, frozen, batch, jax.random.fold_in(step_key, state.step), stage)
@@ -87,7 +93,7 @@ def _run(config: Any, workdir: Path, stack: contextlib.ExitStack) -> None:
     log = RunLog(workdir)
     stack.callback(log.close)
     stop = _StopSignal()
-    record = Record(task, info, workdir, feed, checkpoints, log, saved=step)
+    record = Record(task, info, workdir, feed, checkpoints, log, saved=step, fid=fid)
     progress, leaving = None, step >= last
     while not leaving:
         waiting = time.monotonic()
@@ -157,6 +163,7 @@ class Record:
     checkpoints: Checkpoints
     log: RunLog
     saved: int  # step of the newest checkpoint
+    fid: schedule.ScheduledFid | None = None
     pending: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def after(
@@ -181,7 +188,20 @@ class Record:
             self.saved = step
             info = {**self.info, "steps": step}
             model_directory.write(self.workdir / "model", info, state.ema)
+        last = step == settings.steps
+        # Not for a run that was told to stop: it has little time.
+        if self.fid and (last or (step % settings.fid_every == 0 and not leaving)):
+            self._distance(step, state)
         progress.start += time.monotonic() - working  # what is no training is not timed as such
+
+    def _distance(self, step: int, state: TrainState) -> None:
+        assert self.fid is not None
+        started = time.monotonic()
+        found = self.fid.measure(state.ema)
+        value, seconds = found[self.fid.name], time.monotonic() - started
+        images = f"{found['fid_images']:.0f} images in {seconds:.1f} s"
+        say(f"step {step}  {self.fid.name} {value:.4g} of {images}")
+        self.log.scalars(step, found)
 
     def _numbers(self, step: int, progress: Progress) -> None:
         metrics = _finite(jax.device_get(self.pending), step, self.workdir, self.saved)

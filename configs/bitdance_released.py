@@ -29,4 +29,5 @@ def get_config(row: str = "B_16x"):
     c.sample.labels = "207,360,387,974,88,979,417,279"
     c.sample.columns = 4
     c.sample.decode_batch = 32
+    c.sample.dtype = "bfloat16"  # as the authors evaluate
     return c

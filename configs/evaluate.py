@@ -27,7 +27,8 @@ linear probe of each layer (the features are held in memory: images x layers x w
     $EVALUATE --workdir=runs/e --config.evaluate.kind=probe --config.data.path=imagenet/train \
         --config.evaluate.images=100000 --config.evaluate.layers=6-17
 
-Inception's weights are one of three files; without them a run says which, and where to put it.
+Inception's weights: `--config.evaluate.weights=zoo:inception_adm` (or inception_pytorch_fid) gets
+them once; by default they are looked for in the cache, and an error says where to put them.
 `--config.evaluate.protocol=random` needs no file: its numbers compare only with themselves.
 
 Hardware: any. A killed run of a generator goes on by the same command; batch size and number of

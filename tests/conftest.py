@@ -2,10 +2,12 @@
 
 import os
 
-# Before jax is imported: the device count is read once.
+# Before jax is imported: flags are read once. Tests compile more than they compute, so the compiler
+# does not optimise, unless XLA_FLAGS says otherwise (the last one counts).
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    + os.environ.get("XLA_FLAGS", "")
 )
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 

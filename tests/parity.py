@@ -31,6 +31,8 @@ from bitgen.tokenizers.multiscale import MultiScale, area_downsample
 from bitgen.tokenizers.quantizers import normalized
 
 Arrays = dict[str, np.ndarray]
+# For what computes long, also where tests tell the compiler not to optimise.
+OPTIMISED: Any = {"xla_backend_optimization_level": 3}
 
 
 class Result(NamedTuple):
@@ -288,9 +290,10 @@ def statistics(module: Any, params: Any, spec: dict, arrays: Arrays) -> Iterator
     )
     n = int(count)
     labels = jnp.full((n,), int(label))
-    bits = jax.jit(lambda p, k: sample_bits(module, p, labels, k, plan))(
-        params, image_keys(0, np.arange(n))
+    sample = jax.jit(
+        lambda p, k: sample_bits(module, p, labels, k, plan), compiler_options=OPTIMISED
     )
+    bits = sample(params, image_keys(0, np.arange(n)))
     bits = np.asarray(bits, np.float64).reshape(n, module.tokens, module.bits)
     mean, golden = bits.mean(0), arrays[name].astype(np.float64)
     error = np.sqrt(2 * np.maximum(golden * (1 - golden), 1 / n) / n)
@@ -357,9 +360,11 @@ def bitdance_results(spec: dict, arrays: Arrays, tolerance: float) -> Iterator[R
     plan = AutoregressivePlan(float(cfg), schedule, head_steps=int(steps))
     n = int(count)
     labels = jnp.full((n,), int(label))
-    bits = jax.jit(lambda p, k: autoregressive.sample_bits(module, p, labels, k, plan))(
-        params, image_keys(0, np.arange(n))
+    sample = jax.jit(
+        lambda p, k: autoregressive.sample_bits(module, p, labels, k, plan),
+        compiler_options=OPTIMISED,
     )
+    bits = sample(params, image_keys(0, np.arange(n)))
     codes = nchw(bits).astype(np.float64) * 2 - 1
     yield from moments(codes, name, "sample_code_cov_first64", arrays, n)
 

@@ -25,6 +25,21 @@ GENERATOR = {
     "diffusion_steps": 8,
     "mlp_multiple": 32,
 }
+BITDANCE = {
+    "width": 32,
+    "layers": 1,
+    "heads": 2,
+    "bits": 4,
+    "grid": (4, 4),
+    "num_classes": 10,
+    "class_tokens": 2,
+    "together": 4,
+    "head_width": 64,
+    "head_layers": 1,
+    "head_modulations": 1,
+    "flip_rate": 0.1,
+    "mlp_multiple": 32,
+}
 
 
 def _common(c: Any) -> Any:
@@ -37,8 +52,6 @@ def _common(c: Any) -> Any:
     c.train.checkpoint_every = 2
     c.optim.lr = 1e-3
     c.optim.ema = 0.9
-    c.sampler.iterations = 3
-    c.sampler.denoiser_steps = 3
     return c
 
 
@@ -53,5 +66,17 @@ def tokenizer() -> Any:
 def generator(tokenizer_directory) -> Any:
     """Settings of a generator that encodes digits as it goes."""
     c = _common(config.generator("bigr", **GENERATOR))
+    c.sampler.iterations = 3
+    c.sampler.denoiser_steps = 3
+    c.tokenizer = str(tokenizer_directory)
+    return c
+
+
+def bitdance(tokenizer_directory) -> Any:
+    """Settings of a BitDance that draws four tokens together, for two steps."""
+    c = _common(config.generator("bitdance", **BITDANCE))
+    c.train.steps = 2
+    c.sampler.head_steps = 2
+    c.sampler.guidance = 2.0
     c.tokenizer = str(tokenizer_directory)
     return c

@@ -378,4 +378,4 @@ def test_wrong_models_are_one_line(tmp_path, monkeypatch, capsys):
 def test_list_prints_the_zoo(capsys):
     assert run("--list") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["NAME", *zoo.ZOO]
+    assert [line.split()[0] for line in lines] == ["NAME", *zoo.ZOO, *zoo.WEIGHTS]

@@ -1,6 +1,8 @@
 """Mode `evaluate`: what it measures, that a killed run goes on, probes, metrics of pairs."""
 
+import functools
 import json
+import zlib
 
 import jax
 import numpy as np
@@ -17,6 +19,7 @@ from bitgen.evaluation.probe import accuracy_by_layer, fit_probe
 from bitgen.evaluation.reconstruction import ms_ssim, psnr, ssim
 from bitgen.evaluation.schedule import data_reference, small_fid
 from bitgen.mesh import make_mesh
+from bitgen.samplers.images import image_sampler
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +41,16 @@ def models(tmp_path_factory):
     ):
         settings = build.model_config(kind, family, **fields)
         module, info = build.module_from_config(kind, settings)
-        params = jax.jit(build.init_params, static_argnums=0)(module, jax.random.key(1))
-        # Fresh modulations are zeros: all labels and layers would be alike.
-        noise = np.random.default_rng(2)
-        params = jax.tree.map(lambda p: p + 0.3 * noise.normal(size=p.shape).astype("f"), params)  # noqa: B023
+        params = jax.tree_util.tree_map_with_path(random_leaf, build.param_shapes(module))
         model_directory.write(folder / kind, {**info, "origin": "a test"}, params)
     return folder
+
+
+def random_leaf(path, shape):
+    """Scales near one, the rest near zero; nothing is zero, as fresh modulations are."""
+    name = jax.tree_util.keystr(path)
+    noise = np.random.default_rng(zlib.crc32(name.encode())).normal(size=shape.shape)
+    return np.asarray(0.3 * noise + ("scale" in name), np.float32)
 
 
 def settings(models=None):
@@ -121,7 +128,10 @@ def test_folder_npz_and_data_are_one_reference(digits, tmp_path):
     assert report(tmp_path)["counts"]["reference_features"] == 5
 
 
-def test_a_generator_is_measured_as_its_samples_are(models, tmp_path):
+def test_a_generator_is_measured_as_its_samples_are(models, tmp_path, monkeypatch):
+    compiled_once = functools.cache(image_sampler)
+    for module in (sample, generation):
+        monkeypatch.setattr(module, "image_sampler", compiled_once)
     c = settings(models)
     c.sample.output = "samples.npz"
     sample.run(c, tmp_path)
@@ -138,7 +148,7 @@ def test_a_generator_is_measured_as_its_samples_are(models, tmp_path):
         assert direct["results"][0][name] == pytest.approx(row[name], rel=1e-6), name
 
 
-def sampler_of_noise(generator, tokenizer, plan, mesh):
+def sampler_of_noise(generator, tokenizer, plan, mesh, decode_batch=0):
     """In place of `image_sampler`: an image depends on its key, label and guidance alone."""
 
     def run(generator_params, tokenizer_params, labels, keys):
@@ -234,7 +244,8 @@ def test_a_probe_is_the_regression_of_scikit_learn(digits):
     expected = theirs.predict((x[1000:] - mean) / deviation)
     assert np.mean(predict(x[1000:]) == expected) > 0.995
     layers = np.stack([x, np.zeros_like(x)], axis=1)  # a second layer that knows nothing
-    found = accuracy_by_layer((layers[:1000], y[:1000]), (layers[1000:], y[1000:]), 10)
+    sets = (layers[:1000], y[:1000]), (layers[1000:], y[1000:])
+    found = accuracy_by_layer(*sets, 10, l2=l2, steps=200)
     assert found[0] > 0.85 > 0.2 > found[1]
     with pytest.raises(UserError, match="not 9 classes"):
         fit_probe(x, y, 9)
@@ -268,6 +279,13 @@ def test_fid_of_few_images_on_a_schedule(digits):
     far = small_fid([255 - digits[:64], 255 - digits[64:100]], reference, extractor)
     assert near["fid_images"] == 100
     assert near["fid"] < 0.2 * far["fid"]
+    noise = np.random.default_rng(0).normal(size=(100, 32, 32, 3))
+    worse = [near["fid"]]
+    for level in (20, 40, 80):  # the worse the images, the larger
+        noisy = np.clip(digits[:100] + level * noise, 0, 255).astype(np.uint8)
+        worse.append(small_fid([noisy[:64], noisy[64:]], reference, extractor)["fid"])
+    assert worse == sorted(worse)
+    assert worse[-1] > 5 * worse[0]
     whole = small_fid(np.array_split(digits, 29), reference, extractor)
     assert whole["fid"] == pytest.approx(0, abs=1e-6)
 

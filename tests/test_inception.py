@@ -125,9 +125,11 @@ def network():
     import torch
 
     image = np.random.default_rng(0).uniform(-1, 1, (1, 299, 299, 3)).astype(np.float32)
-    network = TorchInception()
+    network, threads = TorchInception(), torch.get_num_threads()
+    torch.set_num_threads(1)  # ten times as fast beside other work
     with torch.no_grad():
         pool = network(torch.tensor(image.transpose(0, 3, 1, 2)))
+    torch.set_num_threads(threads)
     return network, image, pool.numpy()
 
 
@@ -288,15 +290,19 @@ def test_errors_say_what_to_do(tmp_path, monkeypatch, files):
 
     monkeypatch.setenv("BITGEN_CACHE", str(tmp_path / "cache"))
     with pytest.raises(
-        UserError, match=r"pt_inception.*github.com/mseitzer.*cache/files/inception"
+        UserError,
+        match=r"zoo:inception_adm, .*get pt_inception-.*github.com/mseitzer.*cache/files/inception",
     ):
         find_weights()
     with pytest.raises(UserError, match=r"no Inception weights elsewhere\.pth"):
         find_weights("elsewhere.pth")
+    with pytest.raises(UserError, match=r"unknown file of the zoo 'adm', have \['inception_adm'"):
+        find_weights("zoo:adm")
     folder = tmp_path / "cache" / "files" / "inception"
     folder.mkdir(parents=True)
     (folder / "classify_image_graph_def.pb").write_bytes(b"x")
     assert find_weights() == folder / "classify_image_graph_def.pb"
+    assert find_weights("zoo:inception_adm") == find_weights()
     with pytest.raises(UserError, match="no TensorFlow graph"):
         load_inception(find_weights())
     (tmp_path / "short.pb").write_bytes(files[0].read_bytes()[:-10])

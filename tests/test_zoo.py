@@ -1,11 +1,16 @@
 """The zoo: entries that agree with the released files, and `zoo:NAME` from any of its sources."""
 
 import gzip
+import hashlib
+import io
 import json
 import os
 import re
 import sys
 import threading
+import urllib.error
+import urllib.request
+from email.message import Message
 from pathlib import Path
 from typing import Any
 
@@ -116,16 +121,19 @@ def test_every_released_file_is_there():
     assert "huggingface.co/haoosz/BiGR gpt/bigr_L_d32_512.pt" in sources
     assert "huggingface.co/haoosz/BiGR bae/bae_d32_512/binaryae_ema_720000.th" in sources
     assert "huggingface.co/FoundationVision/Infinity infinity_vae_d32reg.pth" in sources
-    assert "huggingface.co/shallowdream204/BitDance-ImageNet BitDance_B_16X.pt" in sources
+    assert "huggingface.co/shallowdream204/BitDance-ImageNet BitDance_B_16x.pt" in sources
 
 
 def test_the_table_says_what_can_be_used():
     lines = {line.split()[0]: line for line in zoo.table().splitlines()}
-    assert list(lines) == ["NAME", *zoo.ZOO]
+    assert list(lines) == ["NAME", *zoo.ZOO, *zoo.WEIGHTS]
     for name, entry in zoo.ZOO.items():
         assert ("(not yet)" in lines[name]) == (not entry.usable)
         assert lines[name].endswith(entry.source)
         assert entry.expected in lines[name]
+    for name, weights in zoo.WEIGHTS.items():
+        assert weights.name == name
+        assert lines[name].endswith(weights.url)
     assert "FID 2.36" in lines["bigr_XXL_d24"]
     assert "rFID 0.33, PSNR 24.9" in lines["bitvae_d64"]
     assert "rFID 0.217, PSNR 26.15" in lines["dc_ae_f64c128_in"]
@@ -136,9 +144,10 @@ def test_other_paths_are_left_alone():
     assert zoo.resolve(Path("/zoo")) == Path("/zoo")
 
 
-def test_names_that_are_not_there_are_named():
+def test_names_that_are_not_there_are_named(monkeypatch):
     with pytest.raises(UserError, match=r"unknown model of the zoo 'bigr_S', have \['bigr_L_d24'"):
         zoo.resolve("zoo:bigr_S")
+    monkeypatch.delitem(build.GENERATORS, "bitdance")
     with pytest.raises(UserError, match="bitdance_B_1x is a bitdance, which this version cannot"):
         zoo.resolve("zoo:bitdance_B_1x")
     with pytest.raises(UserError, match="unknown model of the zoo 'bigr_S'"):
@@ -231,3 +240,90 @@ def test_to_torch_takes_a_name(tmp_path, small_zoo):
     save_bigr(by_hand)
     assert main(["--to-torch", "zoo:by_hand", str(tmp_path / "x.pt")]) == 0
     assert (tmp_path / "x.pt").stat().st_size > 10_000
+
+
+CONTENT = bytes(range(256)) * 8
+
+
+class Server:
+    """In place of `urlopen`: serves CONTENT, the part that is asked for, or breaks off."""
+
+    def __init__(self, ranges=True, breaks_at=None, content=CONTENT):
+        self.ranges, self.breaks_at, self.content, self.asked = ranges, breaks_at, content, []
+
+    def __call__(self, request, timeout):
+        assert timeout > 0
+        wanted = request.get_header("Range", "bytes=0-")
+        self.asked.append((request.full_url, wanted))
+        start = int(wanted.removeprefix("bytes=").removesuffix("-")) if self.ranges else 0
+        if start == len(self.content):
+            raise urllib.error.HTTPError(request.full_url, 416, "past the end", Message(), None)
+        response: Any = io.BytesIO(self.content[start : self.breaks_at])
+        response.status = 206 if start else 200
+        response.headers = {"Content-Length": str(len(self.content) - start)}
+        return response
+
+
+@pytest.fixture
+def file_of_a_metric(tmp_path, monkeypatch):
+    """zoo:net, and where it comes to lie."""
+    monkeypatch.setenv("BITGEN_CACHE", str(tmp_path))
+    digest = hashlib.sha256(CONTENT).hexdigest()[:8]
+    entry = zoo.WeightsFile("net", "nets", "https://a.com/b/net.pth", 0.1, digest)
+    monkeypatch.setattr(zoo, "WEIGHTS", {"net": entry})
+    return tmp_path / "files" / "nets" / "net.pth"
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_download_that_broke_off_goes_on(file_of_a_metric, monkeypatch, ranges):
+    server = Server(ranges, breaks_at=700)
+    monkeypatch.setattr(urllib.request, "urlopen", server)
+    with pytest.raises(UserError, match=r"net cannot be downloaded: it broke off after 700 of"):
+        zoo.fetch_weights("zoo:net")
+    assert not file_of_a_metric.exists()
+    server.breaks_at = None
+    assert zoo.fetch_weights("zoo:net") == file_of_a_metric
+    assert file_of_a_metric.read_bytes() == CONTENT
+    assert [wanted for _, wanted in server.asked] == ["bytes=0-", "bytes=700-"]
+    assert zoo.fetch_weights("zoo:net") == file_of_a_metric
+    assert len(server.asked) == 2
+    # Killed between the last byte and the new name.
+    file_of_a_metric.rename(file_of_a_metric.with_name(".net.pth.part"))
+    if ranges:
+        assert zoo.fetch_weights("zoo:net").read_bytes() == CONTENT
+        assert server.asked[-1][1] == "bytes=2048-"
+
+
+def test_a_download_that_fails_or_is_another_file_says_so(file_of_a_metric, monkeypatch):
+    monkeypatch.setattr(urllib.request, "urlopen", Server(content=b"<html>no</html>"))
+    with pytest.raises(UserError, match=r"what came is another file, of sha256 \w{8} and not"):
+        zoo.fetch_weights("zoo:net")
+    assert [path.name for path in file_of_a_metric.parent.iterdir()] == ["net.pth.lock"]
+
+    def offline(request, timeout):
+        raise urllib.error.URLError(OSError("no network"))
+
+    monkeypatch.setattr(urllib.request, "urlopen", offline)
+    with pytest.raises(UserError) as raised:
+        zoo.fetch_weights("zoo:net")
+    said = str(raised.value)
+    assert "net cannot be downloaded" in said
+    assert "no network" in said
+    assert f"get net.pth from https://a.com/b/net.pth and put it at {file_of_a_metric}" in said
+    assert "\n" not in said
+
+
+def test_the_files_of_metrics_are_the_published_ones():
+    urls = {name: weights.url for name, weights in zoo.WEIGHTS.items()}
+    hashed = "inception-2015-12-05-6726825d.pth"
+    releases = "https://github.com/{}/releases/download/"
+    assert urls == {
+        "inception_pytorch_fid": releases.format("mseitzer/pytorch-fid")
+        + f"fid_weights/pt_{hashed}",
+        "inception_torch_fidelity": releases.format("toshas/torch-fidelity")
+        + f"v0.2.0/weights-{hashed}",
+        "inception_adm": "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/"
+        "ref_batches/classify_image_graph_def.pb",
+    }
+    assert [w.sha256 for w in zoo.WEIGHTS.values()] == ["6726825d", "6726825d", ""]
+    assert {w.family for w in zoo.WEIGHTS.values()} == {"inception"}

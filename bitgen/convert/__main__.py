@@ -33,7 +33,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _Parser(
         "python -m bitgen.convert",
         usage="""%(prog)s INPUT OUTPUT_DIR [--model=NAME] [--weights=ema|model] [--dtype=...]
-       %(prog)s --to-torch MODEL_DIR OUT.pt
+       %(prog)s --to-torch MODEL_DIR OUT.pt [--tokenizer=MODEL_DIR]
        %(prog)s --list""",
         description="Checkpoint files to model directories and back.",
         allow_abbrev=False,
@@ -45,6 +45,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--weights", choices=["ema", "model"], help="of a file with both; ema by default")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the parameters")
     add("--to-torch", action="store_true", help="write the file that the PyTorch code loads")
+    add("--tokenizer", metavar="DIR", help="to write into the file of a BitDance trained here")
     add("--list", action="store_true", help="list the released checkpoints that are known")
     args = parser.parse_args(argv)
     if not args.list and (args.input is None or args.output is None):
@@ -66,7 +67,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.list:
         print(zoo.table())
     elif args.to_torch:
-        count = export_file(args.input, args.output)
+        count = export_file(args.input, args.output, args.tokenizer)
         say(f"wrote {args.output}: {count} tensors")
     else:
         info, parameters, plan = import_file(

@@ -1,6 +1,7 @@
 """From a checkpoint file to a model directory, and back to a file for the original PyTorch code."""
 
 import dataclasses
+import itertools
 import math
 import os
 import sys
@@ -116,18 +117,50 @@ def import_file(
     return Imported(model_directory.read_info(directory), count, plan)
 
 
-def export_file(directory: str | os.PathLike, output: str | os.PathLike) -> int:
+def export_file(
+    directory: str | os.PathLike,
+    output: str | os.PathLike,
+    tokenizer: str | os.PathLike | None = None,
+) -> int:
     """Writes the file that the original PyTorch code loads, and returns its number of tensors.
 
     Args:
       directory: a model directory, imported or trained here, or zoo:NAME.
       output: a .pt, .pth or .th file; it appears, or replaces the one before, only when complete.
+      tokenizer: a model directory that goes into the file too, as BitDance's loader demands; not
+        for an imported model, which keeps the one that it came with.
     """
     output = Path(output)
     if output.suffix not in TORCH_SUFFIXES or output.is_dir():
         raise UserError(f"{output} is not the name of a {', '.join(TORCH_SUFFIXES)} file")
+    model = _export(directory)
+    tensors, size = model.tensors, model.size
+    if tokenizer is not None:
+        inner = _export(tokenizer)
+        if (model.family, inner.family) != ("bitdance", "gfq_ae") or model.carried:
+            raise UserError(
+                "only the file of a bitdance trained here takes a tokenizer, a gfq_ae: "
+                f"{directory} is a {model.family}{' with its own' if model.carried else ''}, "
+                f"{tokenizer} a {inner.family}"
+            )
+        renamed = ((f"vae.{name}", value) for name, value in inner.tensors)
+        tensors, size = itertools.chain(tensors, renamed), size + inner.size
+    check_space(output.parent, size)
+    with _Progress(None) as progress:
+        return write_torch(output, progress.count(tensors), FAMILIES[model.family].wrapped)
+
+
+class _Export(NamedTuple):
+    family: str
+    tensors: Iterable[tuple[str, np.ndarray]]
+    carried: bool
+    size: int  # bytes
+
+
+def _export(directory: str | os.PathLike) -> _Export:
+    """Returns the PyTorch tensors of a model directory, each to be made when it is asked for."""
     info = model_directory.read_info(directory)
-    kind, convert, wrapped = choose("family", info["family"], FAMILIES)
+    kind, convert, _ = choose("family", info["family"], FAMILIES)
     hparams = {name: _tuples(value) for name, value in info["hparams"].items()}
     target = _target(kind, info["family"], hparams)
     params = model_directory.open_params(directory)
@@ -139,9 +172,8 @@ def export_file(directory: str | os.PathLike, output: str | os.PathLike) -> int:
         raise UserError(f"{directory} cannot be written as a PyTorch file; {e}") from None
     stored = [(x.dtype.itemsize, x.shape) for x in jax.tree.leaves(params)]
     size = sum(itemsize * math.prod(shape) for itemsize, shape in stored)
-    check_space(output.parent, size + sum(x.nbytes for x in carried.values()))
-    with _Progress(None) as progress:
-        return write_torch(output, progress.count(tensors), wrapped)
+    size += sum(x.nbytes for x in carried.values())
+    return _Export(info["family"], tensors, bool(carried), size)
 
 
 def _recognise(tensors: Tensors, model: str | None) -> tuple[str, dict[str, Any], str]:

@@ -1,5 +1,6 @@
 """From uint8 images to the features that metrics compare, by a protocol of the field, on a mesh."""
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -88,15 +89,7 @@ class Extractor:
         self.rows = even_batch(batch_size, mesh) // jax.process_count()
         self._sharding = batch_sharding(mesh)
         self._params = jax.device_put(params, replicated(mesh))
-
-        def features(params, images):
-            return how.network.apply({"params": params}, how.prepare(images))
-
-        self._program = jax.jit(
-            jax.shard_map(
-                features, mesh=mesh, in_specs=(P(), BATCH), out_specs=BATCH, check_vma=False
-            )
-        )
+        self._program = _program(protocol, mesh)
 
     def __call__(self, images: UInt8[np.ndarray, "n H W 3"]) -> Features:
         """Returns the features of at most `rows` images, those of the padding left out."""
@@ -120,29 +113,45 @@ class Extractor:
             )
         if len(images) > self.rows:
             raise UserError(f"{len(images)} images are more than the batch of {self.rows}")
-        padded = np.zeros((self.rows, *images.shape[1:]), np.uint8)
-        padded[: len(images)] = images
+        padded = pad_rows(images, self.rows)
         padded = jax.make_array_from_process_local_data(self._sharding, padded)
         return self._program(self._params, padded), len(images)
 
     def _fetch(self, started: tuple[dict[str, jax.Array], int]) -> Features:
         features, real = started
-        return {name: _own_rows(value)[:real] for name, value in features.items()}
+        return {name: own_rows(value)[:real] for name, value in features.items()}
+
+
+@functools.lru_cache(maxsize=4)  # for every extractor of a protocol one program
+def _program(protocol: str, mesh: Mesh) -> Callable[[Any, jax.Array], dict[str, jax.Array]]:
+    how = PROTOCOLS[protocol]
+
+    def features(params, images):
+        return how.network.apply({"params": params}, how.prepare(images))
+
+    return jax.jit(
+        jax.shard_map(features, mesh=mesh, in_specs=(P(), BATCH), out_specs=BATCH, check_vma=False)
+    )
 
 
 def make_extractor(protocol: str, weights: str, mesh: Mesh, batch_size: int) -> Extractor:
     """Returns the extractor of a protocol.
 
-    `weights` is the file of Inception's weights, '' for the one in the cache; UserError if there is
-    none. The random network needs no file.
+    `weights` is the file of Inception's weights, maybe zoo:NAME, '' for the one in the cache;
+    UserError if there is none. The random network needs no file.
     """
     how = choose("protocol of evaluation", protocol, PROTOCOLS)
     if isinstance(how.network, Inception):
         params = load_inception(find_weights(weights))
     else:
-        sample = jax.numpy.zeros((1, 32, 32, 3))
-        params = jax.device_get(jax.jit(how.network.init)(jax.random.key(0), sample)["params"])
+        params = _random_params()
     return Extractor(protocol, params, mesh, batch_size)
+
+
+@functools.cache
+def _random_params() -> Any:
+    sample = jnp.zeros((1, 32, 32, 3))
+    return jax.device_get(jax.jit(RandomNetwork().init)(jax.random.key(0), sample)["params"])
 
 
 def regroup(batches: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
@@ -170,8 +179,15 @@ def regroup(batches: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
         yield np.concatenate(waiting)
 
 
-def _own_rows(value: jax.Array) -> np.ndarray:
-    """The rows that this process gave, in order."""
+def pad_rows(rows: np.ndarray, count: int) -> np.ndarray:
+    """Returns `count` rows, those that are missing zeros: programs have one batch shape."""
+    padded = np.zeros((count, *rows.shape[1:]), rows.dtype)
+    padded[: len(rows)] = rows
+    return padded
+
+
+def own_rows(value: jax.Array) -> np.ndarray:
+    """Returns the rows of a batch that are on this process's devices, in order."""
     if value.is_fully_addressable:
         return np.asarray(value)
     shards = {shard.index[0].start or 0: shard.data for shard in value.addressable_shards}

@@ -58,9 +58,12 @@ def kernel_distance(
     for _ in range(subsets):
         x = a[generator.choice(len(a), size, replace=False)].astype(np.float64)
         y = b[generator.choice(len(b), size, replace=False)].astype(np.float64)
-        xx, yy, xy = (
-            (u @ v.T / u.shape[1] + 1) ** 3 for u, v in ((x, x), (y, y), (x, y))
-        )  # fmt: skip
+        xx, yy, xy = (_cubic(u, v) for u, v in ((x, x), (y, y), (x, y)))
         own = xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)
         values.append(own / (size * (size - 1)) - 2 * xy.mean())
     return float(np.mean(values)), float(np.std(values))
+
+
+def _cubic(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    base = x @ y.T / x.shape[1] + 1
+    return base * base * base  # numpy's power takes twenty times as long

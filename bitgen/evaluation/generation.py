@@ -123,6 +123,7 @@ class GeneratorRun:
             "tokenizer": self.tokenizer.info["digest"],
             "labels": self.labels.tolist(),
             "seed": self.config.seed,
+            "dtype": self.config.sample.dtype,
             "sampler": {**self.config.sampler.to_dict(), "guidance": scale},
             "protocol": extractor.protocol,
             "weights": extractor.digest,
@@ -157,9 +158,7 @@ def open_generator(config: Any, workdir: Path) -> GeneratorRun:
     """Returns what `config` asks for; raises UserError for models that do not fit."""
     mesh = make_mesh(**config.mesh)
     everywhere = replicated(mesh)
-    generator = model_directory.load(config.generator or workdir / "model", "generator", everywhere)
-    tokenizer = model_directory.load(config.tokenizer, "tokenizer", everywhere)
-    model_directory.check_fit(generator, tokenizer)
+    generator, tokenizer = model_directory.load_pair(config, workdir, everywhere)
     names = class_names_of(generator.info)
     classes = parse_labels(config.sample.labels, generator.module.num_classes, names)
     labels = np.repeat(classes, config.sample.per_label)

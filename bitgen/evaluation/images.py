@@ -5,7 +5,7 @@ All give uint8 batches [b, H, W, 3] in order, a few in memory at a time.
 
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ def read_data(
     return data.Batches(load, c, batch_size=batch, seed=0, start=0, **where)
 
 
-def pixels(batches: data.Batches) -> Batches:
+def pixels(batches: Iterable[dict[str, np.ndarray]]) -> Batches:
     """Yields the images of data; raises UserError if it is packed bits."""
     for batch in batches:
         if "image" not in batch:

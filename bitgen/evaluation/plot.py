@@ -51,6 +51,8 @@ def _ticks(values: Sequence[float]) -> list[float]:
     span = high - low or abs(high) or 1.0
     step = 10.0 ** math.floor(math.log10(span / 4))
     step = next(step * m for m in (1, 2, 5, 10) if step * m * 5 >= span)
+    if all(float(value).is_integer() for value in values):  # layers: there is none between
+        step = max(step, 1.0)
     first, last = math.floor(low / step), math.ceil(high / step)
     last = max(last, first + 1)
     return [round(i * step, 10) for i in range(first, last + 1)]

@@ -4,6 +4,7 @@ As BiGR's paper evaluates representations (arXiv 2410.14672, section 4.3): nothi
 class, average pooling, one linear layer on frozen features.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from jaxtyping import Float, Int
 
 from bitgen.data.packed import unpack_bits
 from bitgen.errors import UserError
+from bitgen.evaluation.features import pad_rows
 from bitgen.mesh import BATCH, batch_sharding
 from bitgen.pixels import from_uint8
 
@@ -62,9 +64,7 @@ def collect(
     features, labels = [], []
     for batch in batches:
         inputs = batch["bits"] if "bits" in batch else batch["image"]
-        padded = np.zeros((rows, *inputs.shape[1:]), np.uint8)
-        padded[: len(inputs)] = inputs
-        features.append(np.asarray(program(*params, padded))[: len(inputs)])
+        features.append(np.asarray(program(*params, pad_rows(inputs, rows)))[: len(inputs)])
         labels.append(batch["label"])
     return np.concatenate(features), np.concatenate(labels)
 
@@ -95,7 +95,7 @@ def fit_probe(
         "kernel": jnp.zeros((x.shape[1], num_classes)),
         "bias": jnp.zeros((1, num_classes)),
     }
-    params = _minimise(params, x, y, l2, steps)
+    params = _minimise(params, x, y, l2=l2, steps=steps)
 
     def predict(rows: np.ndarray) -> np.ndarray:
         return np.asarray(jnp.argmax(_logits(params, standardised(rows)), axis=1))
@@ -124,28 +124,21 @@ def _logits(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
     return product + params["bias"]
 
 
-def _minimise(params: Any, x: jax.Array, y: jax.Array, l2: float, steps: int) -> Any:
-    def loss(params, x, y):
+@functools.partial(jax.jit, static_argnames=("l2", "steps"))
+def _minimise(params: Any, x: jax.Array, y: jax.Array, *, l2: float, steps: int) -> Any:
+    def loss(params):
         losses = optax.softmax_cross_entropy_with_integer_labels(_logits(params, x), y)
         return jnp.mean(losses) + l2 / 2 * jnp.sum(jnp.square(params["kernel"]))
 
     optimiser = optax.lbfgs()
+    value_and_gradient = optax.value_and_grad_from_state(loss)
 
-    @jax.jit
-    def run(params, x, y):
-        def value_of(params):
-            return loss(params, x, y)
+    def step(carry, _):
+        params, state = carry
+        value, gradient = value_and_gradient(params, state=state)
+        updates, state = optimiser.update(
+            gradient, state, params, value=value, grad=gradient, value_fn=loss
+        )
+        return (optax.apply_updates(params, updates), state), None
 
-        value_and_gradient = optax.value_and_grad_from_state(value_of)
-
-        def step(carry, _):
-            params, state = carry
-            value, gradient = value_and_gradient(params, state=state)
-            updates, state = optimiser.update(
-                gradient, state, params, value=value, grad=gradient, value_fn=value_of
-            )
-            return (optax.apply_updates(params, updates), state), None
-
-        return jax.lax.scan(step, (params, optimiser.init(params)), length=steps)[0][0]
-
-    return run(params, x, y)
+    return jax.lax.scan(step, (params, optimiser.init(params)), length=steps)[0][0]

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Num, UInt8
 
 from bitgen.errors import UserError
-from bitgen.evaluation.features import Extractor
+from bitgen.evaluation.features import Extractor, pad_rows
 from bitgen.evaluation.frechet import frechet_distance
 from bitgen.evaluation.statistics import Moments
 from bitgen.losses.lpips import lpips_distance
@@ -48,9 +48,8 @@ def measure_tokenizer(
     count = 0
     for images in batches:
         real = len(images)
-        padded = np.zeros((rows, *images.shape[1:]), np.uint8)
-        padded[:real] = images
-        found = jax.device_get(program(*variables, jax.device_put(padded, batch_sharding(mesh))))
+        placed = jax.device_put(pad_rows(images, rows), batch_sharding(mesh))
+        found = jax.device_get(program(*variables, placed))
         reconstructions = found.pop("reconstruction")[:real]
         for name, each in found.items():
             values.setdefault(name, []).append(each[:real])

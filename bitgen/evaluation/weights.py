@@ -18,14 +18,6 @@ from bitgen.convert.rules import import_tensors
 from bitgen.errors import UserError
 from bitgen.evaluation.inception import SIZE, Inception, unit_names
 
-# All hold the same network; where each is published.
-FILES = {
-    "pt_inception-2015-12-05-6726825d.pth": "github.com/mseitzer/pytorch-fid/releases",
-    "weights-inception-2015-12-05-6726825d.pth": "github.com/toshas/torch-fidelity/releases",
-    "classify_image_graph_def.pb": (
-        "openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches"
-    ),
-}
 _NORM = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
 _NORM_IN_GRAPH = {
     "weight": "gamma",
@@ -36,25 +28,28 @@ _NORM_IN_GRAPH = {
 
 
 def find_weights(path: str = "") -> Path:
-    """Returns the file of Inception's weights: `path`, or one of FILES in the cache.
+    """Returns the file of Inception's weights: `path`, zoo:NAME downloaded, or '' what is there.
 
-    Raises UserError if there is none: which file to get, and where to put it.
+    All files of the zoo hold the same network. Raises UserError if there is none: which file to
+    get, and where to put it.
     """
-    folder = zoo.cache() / "files" / "inception"
-    choices = [Path(path)] if path else [folder / name for name in FILES]
-    for choice in choices:
+    if path.startswith(zoo.PREFIX):
+        return zoo.fetch_weights(path)
+    known = list(zoo.WEIGHTS.values())
+    for choice in [Path(path)] if path else map(zoo.placed, known):
         if choice.is_file():
             return choice
-    first = next(iter(FILES))
-    others = " or ".join(f"{name} ({where})" for name, where in list(FILES.items())[1:])
+    names = " or ".join(zoo.PREFIX + entry.name for entry in known)
+    place = zoo.placed(known[0])
     raise UserError(
-        f"no Inception weights {path or 'in ' + str(folder)}: get {first} from {FILES[first]}, or "
-        f"{others}, and put it into {folder}, or set config.evaluate.weights=FILE"
+        f"no Inception weights {path or 'in ' + str(place.parent)}: set config.evaluate.weights to "
+        f"{names}, which is downloaded, or to a file; without a connection here, get {place.name} "
+        f"from {known[0].url} and put it at {place}"
     )
 
 
 def load_inception(path: str | Path) -> dict[str, Any]:
-    """Returns the parameters of `Inception`, float32 numpy arrays, from one of FILES.
+    """Returns the parameters of `Inception`, float32 numpy arrays, from a file of the zoo.
 
     Raises UserError for a file that cannot be read, and one that lists every tensor that is
     missing, unknown or of a wrong shape.

@@ -24,7 +24,7 @@ _LAST_STEP = 0.05  # length of the step without noise that ends a flow, and the 
 _HEAD_DIM = 64
 # Modulations of all steps are computed at once while they are at most so many numbers: their
 # matrices are then read once a token, not once a step.
-_MODULATIONS_AT_ONCE = 2**25
+_MODULATIONS_AT_ONCE = 2**26
 
 _xavier = nn.initializers.xavier_uniform()
 

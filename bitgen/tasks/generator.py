@@ -1,19 +1,24 @@
 """Training a generator: bits from a frozen tokenizer or from disk, masked or in order."""
 
 import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from bitgen import build, model_directory, optim
 from bitgen.data.images import grid
 from bitgen.data.packed import PackedSource, unpack_bits
 from bitgen.errors import UserError
-from bitgen.mesh import make_mesh
-from bitgen.pixels import from_uint8
+from bitgen.evaluation.features import own_rows, pad_rows
+from bitgen.evaluation.images import pixels
+from bitgen.evaluation.schedule import data_pass
+from bitgen.mesh import make_mesh, replicated, to_device
+from bitgen.pixels import from_uint8, to_uint8
 from bitgen.samplers.images import image_keys, image_sampler, make_plan
 from bitgen.state import TrainState, ema_update, with_params
 
@@ -22,6 +27,8 @@ PyTree = Any
 
 class GeneratorTask:
     """Masked modelling as in BiGR or the next tokens as in BitDance: the module's `loss`."""
+
+    fid_name = "fid"
 
     def __init__(self, config: Any):
         """Builds the module and checks that it fits the bits; computes nothing.
@@ -51,11 +58,15 @@ class GeneratorTask:
                     f"{source} has {have}; set --config.model.{name}={have}"
                 )
 
+    @functools.cached_property
+    def tokenizer(self) -> model_directory.Model:
+        """The one of the config; UserError if there is none."""
+        return model_directory.load(self.config.tokenizer, "tokenizer")
+
     def frozen(self) -> PyTree:
         """Returns what the step reads but does not train: the tokenizer, unless bits are stored."""
         if self.packed:
             return {}
-        self.tokenizer = model_directory.load(self.config.tokenizer, "tokenizer")
         return {"tokenizer": self.tokenizer.params}
 
     def init(self, key: jax.Array) -> TrainState:
@@ -111,7 +122,7 @@ class GeneratorTask:
         del batch
         if not self.config.tokenizer:
             return {}
-        tokenizer = model_directory.load(self.config.tokenizer, "tokenizer")
+        tokenizer = self.tokenizer
         count = self.config.train.preview_images
         count = -(-count // jax.device_count()) * jax.device_count()
         classes = self.module.num_classes
@@ -128,6 +139,59 @@ class GeneratorTask:
     def _sampler(self, tokenizer):
         plan, mesh = make_plan(self.module, self.config.sampler), make_mesh(**self.config.mesh)
         return image_sampler(self.module, tokenizer, plan, mesh)
+
+    def image_maker(
+        self, mesh: Mesh, rows: int, count: int
+    ) -> Callable[[PyTree], Iterator[np.ndarray]]:
+        """Returns f(parameters) -> batches of `count` samples, `rows` a process, all classes alike.
+
+        An image depends on `config.seed` and its place alone. Raises UserError at once if there is
+        no tokenizer that fits, or the sampler's settings are another family's.
+        """
+        ours = model_directory.Model(self.module, {}, self.info, "of config.model")
+        model_directory.check_fit(ours, self.tokenizer)
+        plan = make_plan(self.module, self.config.sampler)
+        sampler = image_sampler(
+            self.module, self.tokenizer.module, plan, mesh, self.config.sample.decode_batch
+        )
+        labels = np.arange(count) * self.module.num_classes // count
+        size, first = rows * jax.process_count(), rows * jax.process_index()
+
+        def make(params: PyTree) -> Iterator[np.ndarray]:
+            tokenizer_params = jax.device_put(self.tokenizer.params, replicated(mesh))
+            for start in range(0, count, size):
+                places = np.arange(start, start + size)
+                images = sampler(
+                    params,
+                    tokenizer_params,
+                    labels[np.minimum(places, count - 1)],
+                    image_keys(self.config.seed, places),
+                )
+                yield own_rows(images)[: max(count - start - first, 0)]
+
+        return make
+
+    def real_images(self, mesh: Mesh, rows: int, count: int) -> Iterator[np.ndarray]:
+        """Yields images of the data, `rows` a batch of this process; `count` 0: all.
+
+        Of packed bits, what the tokenizer makes of them: the generator can be no better.
+        """
+        c = self.config.data
+        batches = data_pass(c, rows, split=c.split, images=count)
+        if not self.packed:
+            yield from pixels(batches)
+            return
+        params = jax.device_put(self.tokenizer.params, replicated(mesh))
+
+        @jax.jit
+        def decode(params, packed):
+            bits = unpack_bits(packed, self.module.bits)
+            module = self.tokenizer.module
+            return to_uint8(module.apply({"params": params}, bits, method="decode"))
+
+        for batch in batches:
+            placed = to_device({"bits": pad_rows(batch["bits"], rows)}, mesh)
+            yield own_rows(decode(params, placed["bits"]))[: len(batch["bits"])]
 
     def _bits(self, frozen, batch, key):
         """-> bool [b, h, w, k]."""

@@ -1,21 +1,27 @@
 """Training a tokenizer: reconstruction, perceptual and adversarial losses through the bits."""
 
 import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from bitgen import build, model_directory, optim
 from bitgen.convert import patchgan
 from bitgen.convert.rules import import_tensors
 from bitgen.data.images import bars, paired_grid
 from bitgen.errors import UserError
+from bitgen.evaluation.features import own_rows, pad_rows
+from bitgen.evaluation.images import pixels
+from bitgen.evaluation.schedule import data_pass
 from bitgen.losses import adversarial
 from bitgen.losses.augment import diff_augment
 from bitgen.losses.lpips import load_lpips, lpips_distance
+from bitgen.mesh import to_device
 from bitgen.nn.shuffle import pixel_shuffle, pixel_unshuffle
 from bitgen.pixels import from_uint8, to_uint8
 from bitgen.state import TrainState, ema_update, with_leaves, with_params
@@ -32,6 +38,8 @@ class TokenizerTask:
     A module's statistics (of batch norms) are parameters too, with a gradient of zero: in training
     it puts their new values into the collection "moved", at their own paths.
     """
+
+    fid_name = "rfid"
 
     def __init__(self, config: Any):
         """Builds modules and optimisers; computes nothing."""
@@ -176,6 +184,24 @@ class TokenizerTask:
             return to_uint8(self.module.apply({"params": params}, bits, method="decode"))
 
         return jax.jit(reconstruct)
+
+    def image_maker(
+        self, mesh: Mesh, rows: int, count: int
+    ) -> Callable[[PyTree], Iterator[np.ndarray]]:
+        """Returns f(parameters) -> batches of reconstructions of `real_images`."""
+
+        def make(params: PyTree) -> Iterator[np.ndarray]:
+            for images in self.real_images(mesh, rows, count):
+                placed = to_device({"image": pad_rows(images, rows)}, mesh)
+                yield own_rows(self._reconstruct(params, placed["image"]))[: len(images)]
+
+        return make
+
+    def real_images(self, mesh: Mesh, rows: int, count: int) -> Iterator[np.ndarray]:
+        """Yields `count` images of the data, `rows` a batch of this process, evenly spread."""
+        del mesh
+        c = self.config.data
+        return pixels(data_pass(c, rows, split=c.split, images=count))
 
     def _unless_frozen(self, new: PyTree, old: PyTree) -> PyTree:
         freeze = self.config.train.freeze
