@@ -1,9 +1,8 @@
 """LPIPS against PyTorch, its weights under every published name, and every message to the user."""
 
-import importlib
 import sys
-import types
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -195,12 +194,10 @@ def test_load_lpips_from_the_hub(tmp_path, monkeypatch):
     def lost(repository, file):
         raise OSError("no network\nand more")
 
-    importlib.import_module("huggingface_hub.utils")  # its logging is found, whatever ran before
-    hub = types.SimpleNamespace(hf_hub_download=found)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", found)
     check_small(load_lpips("hub"))
     assert asked == [("haoosz/BiGR", "bae/bae_d24/binaryae_ema_1000000.th")]
-    hub.hf_hub_download = lost
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lost)
     with pytest.raises(UserError, match=r"cannot get .* \(no network\): put .*vgg16-397923af.pth"):
         load_lpips("hub")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
