@@ -4,7 +4,8 @@
 
 It reads runs/digits/bits, which launch/quickstart.sh makes; then --mode=sample with the same config
 and workdir writes samples.png. A classifier recognises 99, 99 and 98 of the 100 digits that 1x, 4x
-and 16x draw (tests/digits.py). Measured on 2 busy CPU cores: 17 minutes for 4x, half an hour for 16x.
+and 16x draw (tests/digits.py). Measured on 2 busy CPU cores: 17 minutes for 4x, half an hour
+for 16x.
 """
 
 from bitgen import config
