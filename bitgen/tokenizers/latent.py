@@ -24,11 +24,6 @@ class LatentTokenizer(nn.Module):
     deterministic: bool = False  # "bernoulli" rounds instead of drawing bits in training
 
     @property
-    def latents(self) -> int:
-        """Channels of the latents."""
-        raise NotImplementedError
-
-    @property
     def bits(self) -> int:
         """Bits of a cell; 0 if latents are continuous."""
         return 0 if self.quantizer == "none" else self.latents
