@@ -295,17 +295,7 @@ def statistics(module: Any, params: Any, spec: dict, arrays: Arrays) -> Iterator
     )
     bits = sample(params, image_keys(0, np.arange(n)))
     bits = np.asarray(bits, np.float64).reshape(n, module.tokens, module.bits)
-    mean, golden = bits.mean(0), arrays[name].astype(np.float64)
-    error = np.sqrt(2 * np.maximum(golden * (1 - golden), 1 / n) / n)
-    yield Result(name, mean, golden, np.abs(mean - golden) / error / 5, "of 5 standard errors")
-    golden = arrays["sample_bit_cov"].astype(np.float64)
-    cov = np.cov(bits.reshape(n, -1)[:, : len(golden)].T)
-    variances = np.maximum(np.diag(golden), 1 / n)
-    error = np.sqrt(2 * (np.outer(variances, variances) + golden**2) / n)
-    # Thousands of entries: one more standard error keeps chance out.
-    yield Result(
-        "sample_bit_cov", cov, golden, np.abs(cov - golden) / error / 6, "of 6 standard errors"
-    )
+    yield from moments(bits, name, "sample_bit_cov", arrays, (0, 1))
 
 
 def bitdance_results(spec: dict, arrays: Arrays, tolerance: float) -> Iterator[Result]:
@@ -366,20 +356,22 @@ def bitdance_results(spec: dict, arrays: Arrays, tolerance: float) -> Iterator[R
     )
     bits = sample(params, image_keys(0, np.arange(n)))
     codes = nchw(bits).astype(np.float64) * 2 - 1
-    yield from moments(codes, name, "sample_code_cov_first64", arrays, n)
+    yield from moments(codes, name, "sample_code_cov_first64", arrays, (-1, 1))
 
 
 def moments(
-    codes: np.ndarray, mean_name: str, cov_name: str, arrays: Arrays, n: int
+    codes: np.ndarray, mean_name: str, cov_name: str, arrays: Arrays, values: tuple[int, int]
 ) -> Iterator[Result]:
-    """Mean and covariance of n samples of -1 and 1, in standard errors of the difference."""
+    """Mean and covariance of samples of two values, in standard errors of the difference."""
+    n, (low, high) = len(codes), values
+    least = (high - low) ** 2 / n  # of a variance
     mean, golden = codes.mean(0), arrays[mean_name].astype(np.float64)
-    error = np.sqrt(2 * np.maximum(1 - golden**2, 4 / n) / n)
+    error = np.sqrt(2 * np.maximum((golden - low) * (high - golden), least) / n)
     errors = np.abs(mean - golden) / error / 5
     yield Result(mean_name, mean, golden, errors, "of 5 standard errors")
     golden = arrays[cov_name].astype(np.float64)
     cov = np.cov(codes.reshape(n, -1)[:, : len(golden)].T)
-    variances = np.maximum(np.diag(golden), 4 / n)
+    variances = np.maximum(np.diag(golden), least)
     error = np.sqrt(2 * (np.outer(variances, variances) + golden**2) / n)
     # Thousands of entries: one more standard error keeps chance out.
     errors = np.abs(cov - golden) / error / 6

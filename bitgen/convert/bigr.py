@@ -8,14 +8,15 @@ import numpy as np
 
 from bitgen.convert.entries import (
     LINEAR,
-    SAME,
     Alias,
     Constant,
     Entry,
     Rule,
     Shape,
-    Transform,
+    attention_kernels,
     count_numbered,
+    dense,
+    layer_rule,
     shape_votes,
     squeeze,
 )
@@ -71,14 +72,14 @@ def table(hparams: Mapping[str, Any]) -> list[Entry]:
         Rule("mask_tok", "mask_token", squeeze(0)),
         Rule("diffusion_pos_embed_learned", "position_embedding", squeeze(0)),
         Rule("cls_embedding.embedding_table.weight", "class_embedding"),
-        *_dense("tok_embeddings", "bits_embedding"),
+        *dense("tok_embeddings", "bits_embedding"),
         Rule("norm.weight", "norm/scale"),
         *_layers(config),
         *_denoiser(),
     ]
     if config.adaln:
-        entries += _dense("adaLN.1", "adaln")
-        entries.append(_stacked("ada_gss", "modulation_offset", squeeze(0, 1)))
+        entries += dense("adaLN.1", "adaln")
+        entries.append(layer_rule("ada_gss", "modulation_offset", squeeze(0, 1)))
     entries.append(Alias("diffusion_processor._denoise_fn.{name*}", of="denoise_mlp.{name*}"))
     steps = (config.diffusion_steps + 1,)
     for name in ("k_final", "b_final", "beta", "cumbeta"):
@@ -92,8 +93,8 @@ def recognise(shapes: Mapping[str, Shape]) -> dict[str, Any] | None:
     What no shape tells is that of the released models: 64 channels a head, flips predicted, one
     class token, and our defaults of the norm and of rotary positions.
     """
-    layers = count_numbered(shapes, "layers.")
-    denoiser_layers = count_numbered(shapes, "denoise_mlp.blocks.")
+    layers = count_numbered(shapes, r"layers\.(\d+)(\..+)?")
+    denoiser_layers = count_numbered(shapes, r"denoise_mlp\.blocks\.(\d+)(\..+)?")
     width = shape_votes(shapes, r"layers\.\d+\.(attention|ffn)_norm\.weight", 0)
     hidden = shape_votes(shapes, r"layers\.\d+\.feed_forward\.w[13]\.weight", 0)
     bits = shape_votes(shapes, r"(tok_embeddings|denoise_mlp\.x_embedder)\.weight", 1)
@@ -154,36 +155,16 @@ def _schedule(name: str) -> Callable[[Mapping[str, Any]], np.ndarray]:
     return lambda hparams: noise_schedule(BiGR(**hparams).diffusion_steps)[name]
 
 
-def _dense(torch: str, ours: str) -> list[Entry]:
-    return [
-        Rule(f"{torch}.weight", f"{ours}/kernel", LINEAR),
-        Rule(f"{torch}.bias", f"{ours}/bias"),
-    ]
-
-
-def _stacked(torch: str, ours: str, transform: Transform = SAME) -> Rule:
-    return Rule(f"layers.{{layer}}.{torch}", f"layers/{ours}", transform, stack="layer")
-
-
 def _layers(config: BiGR) -> list[Entry]:
-    width, heads = config.width, config.heads
-    split = (heads, width // heads)
-    qkv = Transform(  # [3 d, d] -> [d, 3, heads, head_dim]
-        lambda x: x.reshape(3, *split, width).transpose(3, 0, 1, 2),
-        lambda x: x.transpose(1, 2, 3, 0).reshape(3 * width, width),
-    )
-    out = Transform(  # [d, d] -> [heads, head_dim, d]
-        lambda x: x.T.reshape(*split, width),
-        lambda x: x.reshape(width, width).T,
-    )
+    qkv, out = attention_kernels(config.width, config.heads)
     return [
-        _stacked("attention.wqkv.weight", "attention/qkv/kernel", qkv),
-        _stacked("attention.wo.weight", "attention/out/kernel", out),
-        _stacked("feed_forward.w1.weight", "mlp/gate/kernel", LINEAR),
-        _stacked("feed_forward.w3.weight", "mlp/up/kernel", LINEAR),
-        _stacked("feed_forward.w2.weight", "mlp/down/kernel", LINEAR),
-        _stacked("attention_norm.weight", "attention_norm/scale"),
-        _stacked("ffn_norm.weight", "mlp_norm/scale"),
+        layer_rule("attention.wqkv.weight", "attention/qkv/kernel", qkv),
+        layer_rule("attention.wo.weight", "attention/out/kernel", out),
+        layer_rule("feed_forward.w1.weight", "mlp/gate/kernel", LINEAR),
+        layer_rule("feed_forward.w3.weight", "mlp/up/kernel", LINEAR),
+        layer_rule("feed_forward.w2.weight", "mlp/down/kernel", LINEAR),
+        layer_rule("attention_norm.weight", "attention_norm/scale"),
+        layer_rule("ffn_norm.weight", "mlp_norm/scale"),
     ]
 
 
@@ -201,5 +182,5 @@ def _denoiser() -> list[Entry]:
     }
     entries: list[Entry] = []
     for torch, ours in names.items():
-        entries += _dense(f"denoise_mlp.{torch}", f"denoiser/{ours}")
+        entries += dense(f"denoise_mlp.{torch}", f"denoiser/{ours}")
     return entries

@@ -13,14 +13,13 @@ from bitgen.convert import patchgan
 from bitgen.convert.entries import (
     CONV,
     POINTWISE,
-    SAME,
     Carry,
     Entry,
     Ignore,
     Rule,
     Shape,
-    Transform,
     shape_votes,
+    weights,
     zeros,
 )
 from bitgen.errors import UserError
@@ -80,7 +79,7 @@ def table(
         for i, block in enumerate(layout):
             entries += _block(*block, f"{prefix}{theirs}.blocks.{i}", f"{ours}/blocks_{i}")
     entries += [
-        *_weights(f"{prefix}quantize.proj.0", "quantizer/proj", POINTWISE),
+        *weights(f"{prefix}quantize.proj.0", "quantizer/proj", POINTWISE),
         Rule(f"{prefix}quantize.embed.weight", "quantizer/embedding"),
         *_log_sigma(f"{prefix}generator.logsigma", config),
     ]
@@ -152,31 +151,24 @@ def recognise(shapes: Mapping[str, Shape]) -> dict[str, Any] | None:
     return hparams if layouts == [encoder, decoder] else None
 
 
-def _weights(torch: str, ours: str, transform: Transform = SAME, kernel: str = "kernel"):
-    return [
-        Rule(f"{torch}.weight", f"{ours}/{kernel}", transform),
-        Rule(f"{torch}.bias", f"{ours}/bias"),
-    ]
-
-
 def _block(kind: str, inputs: int, outputs: int, torch: str, ours: str) -> list[Entry]:
     if kind == "norm":
-        return [*_weights(torch, ours, kernel="scale")]
+        return [*weights(torch, ours, kernel="scale")]
     if kind == "conv":
-        return [*_weights(torch, ours, CONV)]
+        return [*weights(torch, ours, CONV)]
     if kind in ("down", "up"):
-        return [*_weights(f"{torch}.conv", f"{ours}/conv", CONV)]
+        return [*weights(f"{torch}.conv", f"{ours}/conv", CONV)]
     if kind == "attn":
-        entries: list[Entry] = [*_weights(f"{torch}.norm", f"{ours}/norm", kernel="scale")]
+        entries: list[Entry] = [*weights(f"{torch}.norm", f"{ours}/norm", kernel="scale")]
         for name in ("q", "k", "v", "proj_out"):
-            entries += _weights(f"{torch}.{name}", f"{ours}/{name}", POINTWISE)
+            entries += weights(f"{torch}.{name}", f"{ours}/{name}", POINTWISE)
         return entries
     entries = []
     for i in (1, 2):
-        entries += _weights(f"{torch}.norm{i}", f"{ours}/norm{i}", kernel="scale")
-        entries += _weights(f"{torch}.conv{i}", f"{ours}/conv{i}", CONV)
+        entries += weights(f"{torch}.norm{i}", f"{ours}/norm{i}", kernel="scale")
+        entries += weights(f"{torch}.conv{i}", f"{ours}/conv{i}", CONV)
     if inputs != outputs:
-        return [*entries, *_weights(f"{torch}.conv_out", f"{ours}/conv_out", POINTWISE)]
+        return [*entries, *weights(f"{torch}.conv_out", f"{ours}/conv_out", POINTWISE)]
     reason = "projection of a skip whose width does not change, used by no computation"
     entries.append(Carry(f"{torch}.conv_out.weight", reason, (outputs, inputs, 1, 1), zeros))
     entries.append(Carry(f"{torch}.conv_out.bias", reason, (outputs,), zeros))

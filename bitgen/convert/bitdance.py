@@ -11,13 +11,15 @@ from typing import Any
 from bitgen.convert import gfq_ae
 from bitgen.convert.entries import (
     LINEAR,
-    SAME,
     Carry,
     Entry,
     Rule,
     Shape,
     Transform,
+    attention_kernels,
     count_numbered,
+    dense,
+    layer_rule,
     shape_votes,
     squeeze,
 )
@@ -112,7 +114,7 @@ def recognise(shapes: Mapping[str, Shape]) -> dict[str, Any] | None:
     attends = any(".attn." in name for name in shapes)  # a head of several tokens
     found = {
         "width": width,
-        "layers": count_numbered(shapes, "layers."),
+        "layers": count_numbered(shapes, r"layers\.(\d+)(\..+)?"),
         "heads": max(1, width // _HEAD_DIM),
         "bits": bits,
         "grid": (side, side),
@@ -122,8 +124,8 @@ def recognise(shapes: Mapping[str, Shape]) -> dict[str, Any] | None:
         "patch_order": True,
         "cells": 1,
         "head_width": head_width,
-        "head_layers": count_numbered(shapes, "head.net.res_blocks."),
-        "head_modulations": count_numbered(shapes, "head.net.ada_ln_blocks."),
+        "head_layers": count_numbered(shapes, r"head\.net\.res_blocks\.(\d+)(\..+)?"),
+        "head_modulations": count_numbered(shapes, r"head\.net\.ada_ln_blocks\.(\d+)(\..+)?"),
         "draws": 4,
         "time_mean": -0.8,
         "time_std": 0.8,
@@ -140,13 +142,6 @@ def wrapping(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     return {"vae": gfq_ae.recognise(inner)}
 
 
-def _dense(torch: str, ours: str) -> list[Entry]:
-    return [
-        Rule(f"{torch}.weight", f"{ours}/kernel", LINEAR),
-        Rule(f"{torch}.bias", f"{ours}/bias"),
-    ]
-
-
 @functools.cache
 def _carried(vae: tuple[tuple[str, Any], ...]) -> list[Entry]:
     shapes = gfq_ae.torch_shapes(dict(vae))
@@ -159,37 +154,19 @@ def _gated(torch: str, ours: str) -> list[Entry]:
     return [
         Rule(f"{torch}.w1.weight", f"{ours}/gate_up/kernel", _GATE_UP),
         Rule(f"{torch}.w1.bias", f"{ours}/gate_up/bias", bias),
-        *_dense(f"{torch}.w2", f"{ours}/out"),
+        *dense(f"{torch}.w2", f"{ours}/out"),
     ]
 
 
-def _attention(width: int, heads: int) -> tuple[Transform, Transform]:
-    """-> transforms of the query-key-value matrix and of the output matrix."""
-    split = (heads, width // heads)
-    qkv = Transform(  # [3 d, d] -> [d, 3, heads, head_dim]
-        lambda x: x.reshape(3, *split, width).transpose(3, 0, 1, 2),
-        lambda x: x.transpose(1, 2, 3, 0).reshape(3 * width, width),
-    )
-    out = Transform(  # [d, d] -> [heads, head_dim, d]
-        lambda x: x.T.reshape(*split, width),
-        lambda x: x.reshape(width, width).T,
-    )
-    return qkv, out
-
-
 def _layers(config: BitDance) -> list[Entry]:
-    qkv, out = _attention(config.width, config.heads)
-
-    def stacked(torch: str, ours: str, transform: Transform = SAME) -> Rule:
-        return Rule(f"layers.{{layer}}.{torch}", f"layers/{ours}", transform, stack="layer")
-
+    qkv, out = attention_kernels(config.width, config.heads)
     return [
-        stacked("attention.wqkv.weight", "attention/qkv/kernel", qkv),
-        stacked("attention.wo.weight", "attention/out/kernel", out),
-        stacked("feed_forward.w1.weight", "mlp/gate_up/kernel", _GATE_UP),
-        stacked("feed_forward.w2.weight", "mlp/out/kernel", LINEAR),
-        stacked("attention_norm.weight", "attention_norm/scale"),
-        stacked("ffn_norm.weight", "mlp_norm/scale"),
+        layer_rule("attention.wqkv.weight", "attention/qkv/kernel", qkv),
+        layer_rule("attention.wo.weight", "attention/out/kernel", out),
+        layer_rule("feed_forward.w1.weight", "mlp/gate_up/kernel", _GATE_UP),
+        layer_rule("feed_forward.w2.weight", "mlp/out/kernel", LINEAR),
+        layer_rule("attention_norm.weight", "attention_norm/scale"),
+        layer_rule("ffn_norm.weight", "mlp_norm/scale"),
     ]
 
 
@@ -205,7 +182,7 @@ def _head(config: BitDance) -> list[Entry]:
         "final_layer.ada_ln_modulation": "final_modulation",
         "final_layer.linear": "final",
     }.items():
-        entries += _dense(net + torch, f"head/{ours}")
+        entries += dense(net + torch, f"head/{ours}")
     norms = (
         {"norm1": "attention_norm", "norm2": "norm"} if config.together > 1 else {"norm": "norm"}
     )
@@ -217,7 +194,7 @@ def _head(config: BitDance) -> list[Entry]:
     entries += _gated(block.rstrip("."), "head/blocks_{block}/mlp")
     if config.together > 1:
         heads = max(1, config.head_width // _HEAD_DIM)
-        qkv, out = _attention(config.head_width, heads)
+        qkv, out = attention_kernels(config.head_width, heads)
         biases = Transform(lambda x: x.reshape(3, heads, -1), lambda x: x.reshape(-1))
         attention = "head/blocks_{block}/attention/"
         entries += [

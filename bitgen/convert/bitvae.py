@@ -21,6 +21,7 @@ from bitgen.convert.entries import (
     Rule,
     Shape,
     Transform,
+    count_numbered,
     shape_votes,
 )
 from bitgen.errors import UserError
@@ -133,8 +134,8 @@ def recognise(shapes: Mapping[str, Shape]) -> dict[str, Any] | None:
     shapes = {_plain(name): tuple(shape) for name, shape in shapes.items()}
     width = shape_votes(shapes, r"encoder\.conv_in\.(weight|bias)", 0)
     channels = shape_votes(shapes, r"encoder\.conv_out\.(weight|bias)", 0)
-    levels = _count(shapes, r"encoder\.down\.(\d+)\..+")
-    blocks = _count(shapes, r"encoder\.down\.\d+\.block\.(\d+)\..+")
+    levels = count_numbered(shapes, r"encoder\.down\.(\d+)\..+")
+    blocks = count_numbered(shapes, r"encoder\.down\.\d+\.block\.(\d+)\..+")
     if not width or not channels or not levels or not blocks:
         return None
     multipliers = tuple(
@@ -177,11 +178,6 @@ def _plain(name: str) -> str:
         if found := level.fullmatch(name):
             return f"{found[1]}.{found[2]}"
     return name
-
-
-def _count(shapes: Mapping[str, Shape], pattern: str) -> int:
-    """One more than the highest number in the names that match."""
-    return max((int(m[1]) + 1 for n in shapes if (m := re.fullmatch(pattern, n))), default=0)
 
 
 def _place_values(hparams: Mapping[str, Any]) -> np.ndarray:

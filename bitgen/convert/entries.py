@@ -116,6 +116,40 @@ Entry = Rule | Alias | Constant | Carry | Ignore
 Table = Sequence[Entry]
 
 
+def weights(
+    torch: str, ours: str, transform: Transform = SAME, kernel: str = "kernel"
+) -> list[Entry]:
+    """Returns the entries of a layer's weight, which is our leaf `kernel`, and its bias."""
+    return [
+        Rule(f"{torch}.weight", f"{ours}/{kernel}", transform),
+        Rule(f"{torch}.bias", f"{ours}/bias"),
+    ]
+
+
+def dense(torch: str, ours: str) -> list[Entry]:
+    """Returns the entries of a linear layer with a bias."""
+    return weights(torch, ours, LINEAR)
+
+
+def layer_rule(torch: str, ours: str, transform: Transform = SAME) -> Rule:
+    """Returns the rule of a transformer's tensor, one for each of the layers that we stack."""
+    return Rule(f"layers.{{layer}}.{torch}", f"layers/{ours}", transform, stack="layer")
+
+
+def attention_kernels(width: int, heads: int) -> tuple[Transform, Transform]:
+    """Returns the transforms of the query-key-value matrix and of the output matrix."""
+    split = (heads, width // heads)
+    qkv = Transform(  # [3 d, d] -> [d, 3, heads, head_dim]
+        lambda x: x.reshape(3, *split, width).transpose(3, 0, 1, 2),
+        lambda x: x.transpose(1, 2, 3, 0).reshape(3 * width, width),
+    )
+    out = Transform(  # [d, d] -> [heads, head_dim, d]
+        lambda x: x.T.reshape(*split, width),
+        lambda x: x.reshape(width, width).T,
+    )
+    return qkv, out
+
+
 _FIELD = re.compile(r"\{(\w+)(\*?)\}")
 
 
@@ -171,9 +205,7 @@ def shape_votes(
     return votes.most_common(1)[0][0] if votes else default
 
 
-def count_numbered(shapes: Mapping[str, Shape], prefix: str) -> int:
-    """Returns one more than the highest number that follows the prefix in a name, 0 without any."""
-    numbers = (
-        name.removeprefix(prefix).split(".")[0] for name in shapes if name.startswith(prefix)
-    )
-    return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
+def count_numbered(shapes: Mapping[str, Shape], pattern: str) -> int:
+    """Returns one more than the largest number that the pattern finds in a name, 0 without any."""
+    found = (re.fullmatch(pattern, name) for name in shapes)
+    return max((int(match[1]) + 1 for match in found if match), default=0)

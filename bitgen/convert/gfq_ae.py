@@ -16,13 +16,13 @@ from bitgen.convert.entries import (
     CONV,
     LINEAR,
     POINTWISE,
-    SAME,
     Entry,
     Ignore,
     Rule,
     Shape,
-    Transform,
+    count_numbered,
     shape_votes,
+    weights,
 )
 from bitgen.convert.rules import export_tensors
 from bitgen.errors import UserError
@@ -84,22 +84,22 @@ def table(hparams: Mapping[str, Any]) -> list[Entry]:
         torch, ours = f"encoder.down.{level}", f"encoder/down_{level}"
         entries += _blocks(f"{torch}.block", ours, config.blocks, inputs, outputs)
         if level < last:
-            entries += _weights(f"{torch}.downsample", f"encoder/downsample_{level}", CONV)
+            entries += weights(f"{torch}.downsample", f"encoder/downsample_{level}", CONV)
     for side in ("encoder", "decoder"):
         torch, ours = f"{side}.mid_block", f"{side}/mid"
         entries += _blocks(torch, ours, config.blocks, widths[-1], widths[-1])
-        entries += _weights(f"{side}.norm_out", f"{side}/norm_out", kernel="scale")
-    entries += _weights("encoder.conv_out", "encoder/conv_out", POINTWISE)
-    entries += _weights("decoder.conv_in", "decoder/conv_in", CONV)
+        entries += weights(f"{side}.norm_out", f"{side}/norm_out", kernel="scale")
+    entries += weights("encoder.conv_out", "encoder/conv_out", POINTWISE)
+    entries += weights("decoder.conv_in", "decoder/conv_in", CONV)
     for level, (inputs, outputs) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True)):
         torch, ours = f"decoder.up.{level}", f"decoder/up_{level}"
         entries += _blocks(f"{torch}.block", ours, config.blocks, inputs, outputs)
         for name in ("gamma", "beta"):
             place = f"decoder/adaptive_{level}/{name}"
-            entries += _weights(f"decoder.adaptive.{level}.{name}", place, LINEAR)
+            entries += weights(f"decoder.adaptive.{level}.{name}", place, LINEAR)
         if level > 0:
-            entries += _weights(f"{torch}.upsample.conv1", f"decoder/upsample_{level}", CONV)
-    return [*entries, *_weights("decoder.conv_out", "conv_out", CONV), *_TRAINING_ONLY]
+            entries += weights(f"{torch}.upsample.conv1", f"decoder/upsample_{level}", CONV)
+    return [*entries, *weights("decoder.conv_out", "conv_out", CONV), *_TRAINING_ONLY]
 
 
 def torch_shapes(hparams: Mapping[str, Any]) -> dict[str, Shape]:
@@ -125,8 +125,8 @@ def recognise(shapes: Mapping[str, Shape]) -> dict[str, Any] | None:
     adaptive = r"decoder\.adaptive\.\d+\.(gamma|beta)"
     if not any(re.fullmatch(rf"{adaptive}\.(weight|bias)", name) for name in shapes):
         return None
-    levels = _count(shapes, r"(?:encoder\.down|decoder\.up)\.(\d+)\..+")
-    blocks = _count(
+    levels = count_numbered(shapes, r"(?:encoder\.down|decoder\.up)\.(\d+)\..+")
+    blocks = count_numbered(
         shapes, r"(?:encoder|decoder)\.(?:mid_block|(?:down|up)\.\d+\.block)\.(\d+)\..+"
     )
     bits = shape_votes(shapes, rf"{adaptive}\.weight", 1)
@@ -151,28 +151,15 @@ def recognise(shapes: Mapping[str, Shape]) -> dict[str, Any] | None:
     }
 
 
-def _weights(torch: str, ours: str, transform: Transform = SAME, kernel: str = "kernel"):
-    return [
-        Rule(f"{torch}.weight", f"{ours}/{kernel}", transform),
-        Rule(f"{torch}.bias", f"{ours}/bias"),
-    ]
-
-
 def _blocks(torch: str, ours: str, count: int, inputs: int, outputs: int) -> list[Entry]:
     """The residual blocks of one level, of which the first may change the width."""
     entries: list[Entry] = []
     for i in range(count):
         theirs, place = f"{torch}.{i}", f"{ours}_{i}"
         for j in (1, 2):
-            entries += _weights(f"{theirs}.norm{j}", f"{place}/norm{j}", kernel="scale")
+            entries += weights(f"{theirs}.norm{j}", f"{place}/norm{j}", kernel="scale")
             entries.append(Rule(f"{theirs}.conv{j}.weight", f"{place}/conv{j}/kernel", CONV))
         if i == 0 and inputs != outputs:
             name = f"{theirs}.nin_shortcut.weight"
             entries.append(Rule(name, f"{place}/conv_out/kernel", POINTWISE))
     return entries
-
-
-def _count(shapes: Mapping[str, Shape], pattern: str) -> int:
-    """One more than the largest number that the pattern finds in a name."""
-    found = (re.fullmatch(pattern, name) for name in shapes)
-    return max((int(match[1]) + 1 for match in found if match), default=0)
