@@ -1,3 +1,25 @@
-"""bitgen: binary and bitwise image generation in JAX."""
+"""bitgen: binary and bitwise image generation in JAX.
+
+import bitgen
+model = bitgen.load("runs/digits/bigr/model")  # or the name of a released model
+model.sample("3,7", to="pil")
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from bitgen.errors import UserError
+
+if TYPE_CHECKING:
+    from bitgen.api import Pipeline, load
 
 __version__ = "0.1.0"
+__all__ = ["Pipeline", "UserError", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the API, and with it JAX, when it is asked for."""
+    if name in ("Pipeline", "load"):
+        from bitgen import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,15 +1,19 @@
 """Checkpoints of a run: train state, data position and config, saved and restored together."""
 
+import errno
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
-import grain.checkpoint
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
+from bitgen.distributed import all_agree, on_first
 from bitgen.errors import UserError
+from bitgen.logging import say
 
 # Settings that may change when a run goes on: they do not alter what a step computes.
 FREE = (
@@ -21,6 +25,7 @@ FREE = (
     "train.fid_images",
     "train.checkpoint_every",
     "train.keep",
+    "train.stuck_after",
     "data.path",
     "data.threads",
     "data.workers",
@@ -35,27 +40,31 @@ FREE = (
     "tokenize",
     "reconstruct",
     "evaluate",
+    "benchmark",
+    "compile_cache",
 )
 
 
 class Checkpoints:
-    """The checkpoints of one workdir."""
+    """The checkpoints of one workdir; every process of a run must make the same calls."""
 
     def __init__(self, workdir: str | os.PathLike, config: dict[str, Any], keep: int):
         """Opens `workdir/checkpoints`; raises UserError if it holds a run of another config."""
-        self.directory = Path(workdir).absolute() / "checkpoints"
+        self.workdir = Path(workdir).absolute()
+        self.directory = self.workdir / "checkpoints"
         self.config = config
-        handlers: Any = {"state": _handler(), "data": grain.checkpoint.CheckpointHandler()}
+        self.saving: tuple[int, int] | None = None  # step and bytes
+        handlers: Any = {"state": _handler(), "data": ocp.JsonCheckpointHandler()}
         self.manager = ocp.CheckpointManager(
             self.directory,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
             item_names=("state", "data", "config"),
             item_handlers=handlers,
         )
-        if self.latest is not None:
-            args = ocp.args.Composite(config=ocp.args.JsonRestore())
-            saved = self.manager.restore(self.latest, args=args)["config"]
-            _check_same_run(Path(workdir), saved, config)
+        for step in reversed(self.manager.all_steps()):
+            if (saved := _read_json(self.directory / str(step) / "config")) is not None:
+                _check_same_run(Path(workdir), saved, config)
+                break
 
     @property
     def latest(self) -> int | None:
@@ -63,57 +72,132 @@ class Checkpoints:
         return self.manager.latest_step()
 
     def save(self, step: int, state: Any, data_state: Any) -> None:
-        """Starts saving; the arrays may be donated as soon as this returns."""
-        self.manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(state),
-                data=grain.checkpoint.CheckpointSave(_DataPosition(data_state)),
-                config=ocp.args.JsonSave(self.config),
-            ),
+        """Starts saving; the arrays may be donated as soon as this returns.
+
+        A disk that is full, also while the save before this one was written, raises UserError; what
+        was saved before stays.
+        """
+        args = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(state),
+            data=ocp.args.JsonSave(data_state),
+            config=ocp.args.JsonSave(self.config),
         )
+        self.wait()
+        self.saving = (step, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+        try:
+            self.manager.save(step, args=args)
+        except Exception as e:
+            raise self._full(e) from None
 
     def restore(self, state: Any) -> tuple[Any, Any]:
-        """Returns the newest state, shaped and sharded like `state`, and the data position."""
-        position = _DataPosition(None)
-        shapes = jax.tree.map(_abstract, state)
-        restored = self.manager.restore(
-            self.latest,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeRestore(
-                    shapes, ocp.checkpoint_utils.construct_restore_args(shapes)
-                ),
-                data=grain.checkpoint.CheckpointRestore(position),
-            ),
+        """Returns the newest state, shaped and sharded like `state`, and the data position.
+
+        It may have been saved on another mesh, or by other processes. A checkpoint that cannot be
+        read is moved aside to `checkpoints_broken`, with one line, and the one before it taken;
+        UserError if none is left.
+        """
+        shapes, broken = jax.tree.map(_abstract, state), []
+        for step in sorted(self.manager.all_steps(), reverse=True):
+            found, fault = self._read(step, shapes)
+            if found is not None:
+                for other, why in broken:
+                    aside = on_first(lambda other=other: self._move_aside(other))
+                    say(
+                        f"checkpoint {other} cannot be read ({why}): going back to {step}; the "
+                        f"broken one is in {aside}"
+                    )
+                if broken:
+                    self.manager.reload()
+                return found
+            broken.append((step, fault))
+        raise UserError(
+            f"no checkpoint in {self.directory} can be read: {broken[0][1]}; move that folder away "
+            "to begin again"
         )
-        return restored["state"], position.state
+
+    def _read(self, step: int, shapes: Any) -> tuple[tuple[Any, Any] | None, str]:
+        """-> state and position, None if a process cannot read its part; and why this one cannot.
+
+        Without Orbax's manager, in which the others would wait for a process that fails.
+        """
+        folder, found, fault = self.directory / str(step), None, ""
+        args = ocp.args.PyTreeRestore(
+            shapes, restore_args=ocp.checkpoint_utils.construct_restore_args(shapes)
+        )
+        try:
+            position = _read_json(folder / "data")
+            if position is None:
+                raise ValueError(f"{folder / 'data'} is damaged")
+            if _read_json(folder / "config") is None:
+                raise ValueError(f"{folder / 'config'} is damaged")
+            found = _handler().restore(epath.Path(folder / "state"), args=args)
+            found = jax.block_until_ready(found), position
+        except Exception as e:  # Orbax and TensorStore raise many kinds
+            fault = f"{type(e).__name__}: {str(e).strip().splitlines()[0][:200]}"
+        if not all_agree(found is not None):
+            return None, fault or "another process cannot read its part"
+        return found, ""
+
+    def _move_aside(self, step: int) -> str:
+        folder = self.workdir / "checkpoints_broken"
+        folder.mkdir(exist_ok=True)
+        shutil.rmtree(folder / str(step), ignore_errors=True)
+        os.replace(self.directory / str(step), folder / str(step))
+        return str(folder / str(step))
 
     def wait(self) -> None:
-        """Returns when the save under way is on disk."""
-        self.manager.wait_until_finished()
+        """Returns when the save under way is on disk; raises UserError if the disk is full."""
+        try:
+            self.manager.wait_until_finished()
+        except Exception as e:
+            raise self._full(e) from None
+        self.saving = None
 
     def close(self) -> None:
         """Waits, and lets go of the directory."""
-        self.manager.close()
+        try:
+            self.manager.close()
+        except Exception as e:
+            raise self._full(e) from None
+
+    def _full(self, error: Exception) -> Exception:
+        """-> what to raise of a save that failed: one line about a full disk, or the error."""
+        if self.saving is None or not is_full(error):
+            return error
+        step, size = self.saving
+        for rest in self.directory.glob(f"{step}.*tmp*"):
+            shutil.rmtree(rest, ignore_errors=True)
+        kept = [s for s in self.manager.all_steps(read=True) if s != step]
+        free = shutil.disk_usage(self.directory).free
+        return UserError(
+            f"no space for the checkpoint of step {step} in {self.directory}: it takes about "
+            f"{size / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free; "
+            + (f"that of step {max(kept)} is kept; " if kept else "")
+            + "free some and start the same command again"
+        )
 
 
-class _DataPosition:
-    """What grain's handler saves and restores: the position after the last batch trained on.
+def is_full(error: BaseException | None) -> bool:
+    """Returns whether an error, or one that caused it, is of a disk without space."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        # TensorStore's errors have no number.
+        if any(os.strerror(e) in str(error) for e in (errno.ENOSPC, errno.EDQUOT)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
-    The iterator itself is ahead of it by what is prefetched.
-    """
 
-    def __init__(self, state: Any):
-        self.state = state
-
-    def get_state(self) -> bytes:
-        return json.dumps(self.state).encode()
-
-    def set_state(self, state: bytes) -> None:
-        self.state = json.loads(state)
-
-    def start_prefetch(self) -> None:
-        pass
+def _read_json(folder: Path) -> Any:
+    """Returns what Orbax saved as JSON in a folder, None if it is damaged."""
+    for name in ("metadata", "process_*.json"):  # grain's handler saved the second
+        for file in sorted(folder.glob(name)):
+            try:
+                return json.loads(file.read_text())
+            except (ValueError, OSError):
+                return None
+    return None
 
 
 def _handler() -> ocp.PyTreeCheckpointHandler:

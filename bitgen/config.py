@@ -33,12 +33,18 @@ def base(generator: str = "bigr") -> Any:
     config.train.log_every = 100
     config.train.preview_every = 5_000  # pictures; 0: none
     config.train.preview_images = 32
+    # Steps between errors of the averaged model on config.data's split `test`: `val_l1`, `val_psnr`
+    # of a tokenizer, `val_loss` of a generator; 0: never.
+    config.train.validate_every = 0
     # A small FID (of a tokenizer rFID) of the averaged model against config.data, by the protocol,
     # weights, reference and batch size of config.evaluate; 0: none.
     config.train.fid_every = 0
     config.train.fid_images = 2_000
     config.train.checkpoint_every = 5_000
     config.train.keep = 2  # newest checkpoints kept
+    # Seconds without a step after which a run of any mode ends and says which process is stuck, ten
+    # times as many for compiling, saving and measuring; 0: never.
+    config.train.stuck_after = 600
     config.train.stochastic_bits = True  # online encoding draws bits instead of rounding
 
     config.optim = ConfigDict()
@@ -67,6 +73,8 @@ def base(generator: str = "bigr") -> Any:
     config.sample.decode_batch = 0  # images that a device decodes at a time; 0: all of its batch
     config.sample.columns = 0  # of the grid; 0: per_label, or a square
     config.sample.output = "samples.png"  # below the workdir
+    config.sample.captions = False  # the class above each image of a grid
+    config.sample.animation = ""  # also NAME.gif or NAME.webp: how the first 16 images are drawn
 
     # 0 and '' leave it to the kind: `bitgen.edit.KINDS`. What is not here is config.sampler's.
     config.edit = ConfigDict()
@@ -100,7 +108,8 @@ def base(generator: str = "bigr") -> Any:
     config.tokenize.views = 2  # 2: also the bits of the flipped image
 
     config.evaluate = ConfigDict()
-    config.evaluate.kind = "generation"  # or reconstruction, probe
+    config.evaluate.kind = "generation"  # or reconstruction, comparison, probe
+    config.evaluate.tokenizers = ""  # of comparison: NAME=DIR,NAME=DIR,...
     # adm | pytorch_fid; random: a small random network, to try things out; none: no features
     config.evaluate.protocol = "adm"
     config.evaluate.weights = ""  # Inception's: zoo:inception_adm or a file; '': in the cache
@@ -116,6 +125,19 @@ def base(generator: str = "bigr") -> Any:
     config.evaluate.layers = "all"  # of probe, counted from 0: 0-23, 12
     config.evaluate.probe_l2 = 1e-4
     config.evaluate.probe_steps = 100  # of L-BFGS
+
+    config.benchmark = ConfigDict()
+    # all, or some of memory, tokenizer, train, sample, compile: train,sample; all: all but compile
+    config.benchmark.kind = "all"
+    config.benchmark.repeats = 5  # timed, after one that is not; a repeat is a second or a call
+    config.benchmark.device = ""  # of memory: TPU v5e, H100, ...; '': the devices here
+    config.benchmark.devices = 0  # of memory: so many of them; 0: as many as are here
+    # Of compile: devices that need not be here, v5e:2x4 (TPUs), cpu:8; '': the devices here.
+    config.benchmark.topology = ""
+
+    # Compiled programs are kept in this directory, of the workdir unless it is absolute, for the
+    # next start of the same; '': nowhere.
+    config.compile_cache = "compiled"
     return config
 
 

@@ -19,6 +19,7 @@ from PIL import Image
 from bitgen import __version__, model_directory
 from bitgen.data import pictures
 from bitgen.data.images import center_crop, write_png
+from bitgen.distributed import check_single
 from bitgen.errors import UserError, choose
 from bitgen.generators.bigr import BiGR
 from bitgen.labels import class_names_of, parse_labels
@@ -61,6 +62,18 @@ class Source:
     area: Bool[np.ndarray, "H W"] | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """What an edit made, and of what."""
+
+    images: UInt8[np.ndarray, "i S S 3"]
+    names: list[dict[str, Any]]  # of each image: its file, and which it is
+    inputs: list[Cell]  # what the model saw
+    labels: list[int]
+    work: edits.Work
+    plan: MaskedPlan
+
+
 def run(config: Any, workdir: Path) -> None:
     """Writes `edit_00.png` and on, `edit.png` with all of them, and `edit.json` below the workdir.
 
@@ -70,6 +83,7 @@ def run(config: Any, workdir: Path) -> None:
     all of them, labels out of range, and models that cannot do it.
     """
     # ---- What was asked for, checked before anything large is loaded ----
+    check_single("--mode=edit")
     settings = config.edit
     kind = choose("kind of edit", settings.kind, KINDS)
     check_settings(settings, kind)
@@ -78,15 +92,48 @@ def run(config: Any, workdir: Path) -> None:
     # ---- Models ----
     mesh = make_mesh(**config.mesh)
     generator, tokenizer = model_directory.load_pair(config, workdir, replicated(mesh))
+
+    # ---- Drawing ----
+    drawn = perform(config, source, generator, tokenizer, mesh)
+    images = drawn.images
+    blended = [blend_view(settings.kind, source, image) for image in images if settings.blend]
+
+    # ---- Results ----
+    report = {
+        "bitgen": __version__,
+        "edit": settings.to_dict(),
+        "classes": drawn.labels,
+        "seed": config.seed,
+        "plan": dataclasses.asdict(drawn.plan),
+        "generator": _identity(generator),
+        "tokenizer": _identity(tokenizer),
+        "tokens": int(np.prod(generator.module.grid)),
+        "tokens_drawn": sum(int(mask.sum()) for masks in drawn.work.rounds for mask in masks),
+        "passes": [int(mask.sum()) for masks in drawn.work.rounds for mask in masks],
+        "images": drawn.names,
+    }
+    if jax.process_index() == 0:
+        write(workdir, drawn.inputs, images, blended, report)
+    counts = f"{report['tokens_drawn']} tokens drawn a variant, the grid has {report['tokens']}"
+    say(f"wrote {workdir / 'edit.png'}: {len(images)} images, {counts}")
+
+
+def perform(
+    config: Any, source: Source, generator: Model, tokenizer: Model, mesh: Any, mask: Any = None
+) -> Drawn:
+    """Returns what `config.edit` asks for, drawn; `check_settings` has passed.
+
+    `mask` [h, w] are the tokens to draw; by default those of the area. Raises UserError for a
+    generator that cannot edit, classes that it does not have, and an area of no token or all.
+    """
+    settings = config.edit
     if not isinstance(generator.module, BiGR):
         raise UserError(
             f"edit needs a bigr generator, {generator.path} is a {generator.info['family']}"
         )
-
-    # ---- What to draw ----
     labels = read_labels(settings, generator)
-    size, mask = tokenizer.module.image_size, None
-    if source.area is not None:
+    size = tokenizer.module.image_size
+    if mask is None and source.area is not None:
         mask = token_mask(settings.kind, source.area, size, generator.module.grid)
     known, inputs = look(settings, source, tokenizer, mesh)
     if mask is not None:
@@ -95,8 +142,6 @@ def run(config: Any, workdir: Path) -> None:
     if settings.guidance > 1 and not labels:
         say("no class is given, so there is nothing to guide towards: guidance is off")
     plan = plan_of(config, guided=bool(labels))
-
-    # ---- Drawing ----
     _, images = edits.draw(
         (generator.module, generator.params),
         (tokenizer.module, tokenizer.params),
@@ -106,27 +151,7 @@ def run(config: Any, workdir: Path) -> None:
         seed=config.seed,
         batch_size=settings.batch_size,
     )
-    images = images.reshape(-1, *images.shape[2:])
-    blended = [blend_view(settings.kind, source, image) for image in images if settings.blend]
-
-    # ---- Results ----
-    report = {
-        "bitgen": __version__,
-        "edit": settings.to_dict(),
-        "classes": labels,
-        "seed": config.seed,
-        "plan": dataclasses.asdict(plan),
-        "generator": _identity(generator),
-        "tokenizer": _identity(tokenizer),
-        "tokens": int(np.prod(generator.module.grid)),
-        "tokens_drawn": sum(int(mask.sum()) for masks in work.rounds for mask in masks),
-        "passes": [int(mask.sum()) for masks in work.rounds for mask in masks],
-        "images": names,
-    }
-    if jax.process_index() == 0:
-        write(workdir, inputs, images, blended, report)
-    counts = f"{report['tokens_drawn']} tokens drawn a variant, the grid has {report['tokens']}"
-    say(f"wrote {workdir / 'edit.png'}: {len(images)} images, {counts}")
+    return Drawn(images.reshape(-1, *images.shape[2:]), names, inputs, labels, work, plan)
 
 
 def check_settings(settings: Any, kind: Kind) -> None:

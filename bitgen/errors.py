@@ -7,6 +7,8 @@ from typing import Any
 class UserError(Exception):
     """Bad input: the message says what was wrong and what to do, in one line."""
 
+    status = 2  # with which the program ends
+
 
 def choose(kind: str, name: str, choices: Any) -> Any:
     """Returns `choices[name]` of a dict; raises UserError with the choices if it is none."""

@@ -11,17 +11,19 @@ import numpy as np
 
 from bitgen import __version__, model_directory
 from bitgen.data.images import write_png
+from bitgen.distributed import check_mesh, is_first
 from bitgen.errors import UserError, choose
-from bitgen.evaluation import generation, probe
+from bitgen.evaluation import comparison, generation, probe
 from bitgen.evaluation.features import PROTOCOLS, make_extractor
-from bitgen.evaluation.images import pixels, read_data, read_images
-from bitgen.evaluation.plot import plot
+from bitgen.evaluation.images import pixels, read_images, read_share
+from bitgen.evaluation.plot import curves, plot
 from bitgen.evaluation.reconstruction import measure_tokenizer
 from bitgen.evaluation.statistics import write_statistics
 from bitgen.labels import parse_labels
 from bitgen.logging import say
 from bitgen.losses.lpips import load_lpips
 from bitgen.mesh import even_batch, make_mesh, replicated
+from bitgen.watchdog import Watchdog, guard, watched
 
 Rows = list[dict[str, Any]]
 
@@ -32,12 +34,16 @@ def run(config: Any, workdir: Path) -> None:
     `config.evaluate.kind` says what is measured; `configs/evaluate.py` has the commands. Raises
     UserError for files that are missing or do not fit.
     """
-    if jax.process_count() > 1:
-        raise UserError("evaluate runs in one process: start it on one host")
-    choose("kind of evaluation", config.evaluate.kind, KINDS)(config, workdir)
+    kind = choose("kind of evaluation", config.evaluate.kind, KINDS)
+    check_mesh(make_mesh(**config.mesh))
+    with guard(workdir, "evaluate", config.train.stuck_after) as watch:
+        watch.doing(f"evaluating: {config.evaluate.kind}", patient=True)
+        kind(config, workdir, watch)
 
 
 def _finish(workdir: Path, kind: str, report: dict[str, Any]) -> None:
+    if not is_first():
+        return
     report = {"kind": kind, "bitgen": __version__, **report}
     temporary = workdir / ".evaluation.json.part"
     temporary.write_text(json.dumps(report, indent=2) + "\n")
@@ -46,7 +52,7 @@ def _finish(workdir: Path, kind: str, report: dict[str, Any]) -> None:
     say(f"wrote {workdir / 'evaluation.json'}")
 
 
-def _generation(config: Any, workdir: Path) -> None:
+def _generation(config: Any, workdir: Path, watch: Watchdog) -> None:
     """Images of a file or folder, or of a generator at one or more scales of guidance."""
     settings, mesh = config.evaluate, make_mesh(**config.mesh)
     scales = _numbers(settings.scales)
@@ -56,23 +62,25 @@ def _generation(config: Any, workdir: Path) -> None:
     extractor = make_extractor(settings.protocol, settings.weights, mesh, settings.batch_size)
     images = read_images(settings.samples, extractor.rows) if run is None else None
     size = run.tokenizer.module.image_size if run else config.data.image_size
-    reference = generation.measure_reference(config, extractor, size)
+    reference = generation.measure_reference(config, extractor, size, watch)
     if settings.save_reference:
         path = workdir / settings.save_reference
-        write_statistics(path, reference, extractor.protocol, extractor.digest)
+        if is_first():
+            write_statistics(path, reference, extractor.protocol, extractor.digest)
         say(f"wrote {path}: statistics of {reference.count} images")
     rows: Rows = []
     if images is not None:
-        sample = generation.measure_images(settings.samples, *images, extractor)
+        sample = generation.measure_images(settings.samples, *images, extractor, watch)
         rows = [{"samples": settings.samples, **generation.compare(sample, reference, extractor)}]
     if run is not None:
         for scale in scales or [config.sampler.guidance]:
-            sample = run.measure(scale, extractor)
+            sample = run.measure(scale, extractor, watch)
             rows.append({"guidance": scale, **generation.compare(sample, reference, extractor)})
     if len(rows) > 1 and "inception_score" in rows[0]:
         points = [(row["inception_score"], row["fid"]) for row in rows]
         labels = [f"{row['guidance']:g}" for row in rows]
-        write_png(workdir / "guidance.png", plot(points, labels, "Inception score", "FID"))
+        if is_first():
+            write_png(workdir / "guidance.png", plot(points, labels, "Inception score", "FID"))
     kept = 0 if reference.features is None else len(reference.features)
     report = {
         "protocol": settings.protocol,
@@ -101,7 +109,7 @@ def _generation(config: Any, workdir: Path) -> None:
         run.remove_stores()
 
 
-def _reconstruction(config: Any, workdir: Path) -> None:
+def _reconstruction(config: Any, workdir: Path, watch: Watchdog) -> None:
     """A tokenizer on a split of the data."""
     settings, mesh = config.evaluate, make_mesh(**config.mesh)
     path = config.tokenizer or workdir / "model"
@@ -111,17 +119,8 @@ def _reconstruction(config: Any, workdir: Path) -> None:
         extractor = make_extractor(settings.protocol, settings.weights, mesh, settings.batch_size)
     source = config.data.copy_and_resolve_references()
     source.image_size = tokenizer.module.image_size
-    rows = even_batch(settings.batch_size, mesh)
-    batches = read_data(source, settings.split, limit=settings.images, batch=rows)
-    found = measure_tokenizer(
-        tokenizer.module,
-        tokenizer.params,
-        pixels(batches),
-        mesh,
-        rows=rows,
-        lpips=load_lpips(settings.lpips) if settings.lpips else None,
-        extractor=extractor,
-    )
+    lpips = load_lpips(settings.lpips) if settings.lpips else None
+    found = _measure(tokenizer, source, settings, mesh, lpips, extractor, watch)
     report = {
         "protocol": settings.protocol,
         "weights": extractor.digest if extractor else None,
@@ -134,7 +133,63 @@ def _reconstruction(config: Any, workdir: Path) -> None:
     _finish(workdir, "reconstruction", report)
 
 
-def _probe(config: Any, workdir: Path) -> None:
+def _measure(tokenizer, source, settings, mesh, lpips, extractor, watch) -> dict[str, float]:
+    rows = even_batch(settings.batch_size, mesh) // jax.process_count()
+    batches = read_share(source, settings.split, limit=settings.images, rows=rows)
+    images = watched(pixels(batches), watch)
+    return measure_tokenizer(
+        tokenizer.module,
+        tokenizer.params,
+        images,
+        mesh,
+        rows=rows,
+        lpips=lpips,
+        extractor=extractor,
+    )
+
+
+def _comparison(config: Any, workdir: Path, watch: Watchdog) -> None:
+    """Several tokenizers on the same images: table, page, and curves of those trained here."""
+    settings, mesh = config.evaluate, make_mesh(**config.mesh)
+    paths = comparison.parse_tokenizers(settings.tokenizers)
+    lpips = load_lpips(settings.lpips) if settings.lpips else None
+    extractor = None
+    if settings.protocol != "none":
+        extractor = make_extractor(settings.protocol, settings.weights, mesh, settings.batch_size)
+    results, shown, originals = [], [], None
+    for name, path in paths.items():
+        tokenizer = model_directory.load(path, "tokenizer", replicated(mesh))
+        source = config.data.copy_and_resolve_references()
+        source.image_size = tokenizer.module.image_size
+        found = _measure(tokenizer, source, settings, mesh, lpips, extractor, watch)
+        results.append({"tokenizer": name, **comparison.code_size(tokenizer.module), **found})
+        count = config.reconstruct.columns
+        batches = read_share(source, settings.split, limit=count, rows=count)
+        images = np.concatenate(list(pixels(batches)))
+        originals = images if originals is None else originals
+        caption = comparison.caption(name, results[-1])
+        shown.append((caption, comparison.reconstruct(tokenizer, images)))
+        say(caption)
+    assert originals is not None
+    lines = {name: comparison.validation_curve(path) for name, path in paths.items()}
+    lines = {name: points for name, points in lines.items() if points}
+    if is_first():
+        write_png(workdir / "comparison.png", comparison.page(originals, shown))
+        if lines:
+            write_png(workdir / "curves.png", curves(lines, "step", "validation L1"))
+    report = {
+        "protocol": settings.protocol,
+        "weights": extractor.digest if extractor else None,
+        "tokenizers": {name: model_directory.identity(path) for name, path in paths.items()},
+        "counts": {"images": results[0]["images"]},
+        "data": config.data.to_dict(),
+        "settings": settings.to_dict(),
+        "results": results,
+    }
+    _finish(workdir, "comparison", report)
+
+
+def _probe(config: Any, workdir: Path, watch: Watchdog) -> None:
     """A linear probe of each layer of a generator, trained on one split, tested on the other."""
     settings, mesh = config.evaluate, make_mesh(**config.mesh)
     everywhere, packed = replicated(mesh), config.data.source == "bits"
@@ -150,12 +205,12 @@ def _probe(config: Any, workdir: Path) -> None:
     program = probe.layer_features(
         generator.module, tokenizer and tokenizer.module, mesh, layers, packed=packed
     )
-    rows = even_batch(settings.batch_size, mesh)
+    rows = even_batch(settings.batch_size, mesh) // jax.process_count()
     sets, num_classes = [], 0
     for split in ("train", "test"):
-        batches = read_data(source, split, limit=settings.images, batch=rows)
+        batches = read_share(source, split, limit=settings.images, rows=rows)
         params = (generator.params, tokenizer and tokenizer.params)
-        sets.append(probe.collect(program, params, batches, rows))
+        sets.append(probe.collect(program, params, watched(batches, watch), rows))
         num_classes = batches.num_classes
         say(f"features of {len(sets[-1][1])} images of split {split!r}")
     train, test = sets
@@ -167,7 +222,8 @@ def _probe(config: Any, workdir: Path) -> None:
         for layer, accuracy in zip(layers, accuracies, strict=True)
     ]
     points = [(float(row["layer"]), 100 * row["accuracy"]) for row in found]
-    write_png(workdir / "probe.png", plot(points, [""] * len(points), "layer", "accuracy (%)"))
+    if is_first():
+        write_png(workdir / "probe.png", plot(points, [""] * len(points), "layer", "accuracy (%)"))
     report = {
         "generator": model_directory.identity(generator.path),
         "counts": {"train": len(sets[0][1]), "test": len(sets[1][1]), "classes": num_classes},
@@ -178,9 +234,10 @@ def _probe(config: Any, workdir: Path) -> None:
     _finish(workdir, "probe", report)
 
 
-KINDS: dict[str, Callable[[Any, Path], None]] = {
+KINDS: dict[str, Callable[[Any, Path, Watchdog], None]] = {
     "generation": _generation,
     "reconstruction": _reconstruction,
+    "comparison": _comparison,
     "probe": _probe,
 }
 

@@ -1,6 +1,7 @@
-"""Floating-point operations of a traced program, counted where the time goes."""
+"""Floating-point operations and bytes of a traced program, counted where the time goes."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from jax.extend import core
@@ -10,31 +11,55 @@ def count_flops(jaxpr: Any) -> int:
     """Returns the operations of all matrix products and convolutions of a jaxpr.
 
     A loop counts as often as it runs, which the compiler's own count does not; the larger branch
-    of a condition counts, and a loop of unknown length counts once.
+    of a condition counts, and a loop of unknown length counts once. What `shard_map` maps counts on
+    every device.
     """
+    return _count(jaxpr, _flops_of_equation)
+
+
+def count_bytes(jaxpr: Any) -> int:
+    """Returns the bytes that matrix products and convolutions read and write, counted alike.
+
+    Elementwise work is taken as part of them, as a compiler would have it.
+    """
+    return _count(jaxpr, _bytes_of_equation)
+
+
+def _count(jaxpr: Any, of_equation: Callable[[Any], int]) -> int:
     if isinstance(jaxpr, core.ClosedJaxpr):
         jaxpr = jaxpr.jaxpr
-    return sum(_of_equation(equation) for equation in jaxpr.eqns)
+    total = 0
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        if name in ("dot_general", "conv_general_dilated"):
+            total += of_equation(equation)
+        elif name == "cond":
+            total += max(_count(branch, of_equation) for branch in params["branches"])
+        else:
+            times = params["mesh"].size if name == "shard_map" else params.get("length", 1)
+            inner = [value for value in params.values() if _is_jaxpr(value)]
+            total += times * sum(_count(value, of_equation) for value in inner)
+    return total
 
 
-def _of_equation(equation: Any) -> int:
-    name, params = equation.primitive.name, equation.params
-    if name == "dot_general":
+def _bytes_of_equation(equation: Any) -> int:
+    avals = [var.aval for var in (*equation.invars, *equation.outvars)]
+    return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in avals)
+
+
+def _flops_of_equation(equation: Any) -> int:
+    params = equation.params
+    if equation.primitive.name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         shape = equation.invars[0].aval.shape
         depth = math.prod(shape[axis] for axis in contracted)
         return 2 * depth * math.prod(equation.outvars[0].aval.shape)
-    if name == "conv_general_dilated":
-        kernel = equation.invars[1].aval.shape
-        features = kernel[params["dimension_numbers"].rhs_spec[0]]
-        positions = math.prod(equation.outvars[0].aval.shape) // features
-        # A gradient is written with a dilated input, whose added zeros cost nothing.
-        zeros = math.prod(params["lhs_dilation"])
-        return 2 * positions * math.prod(kernel) // zeros
-    if name == "cond":
-        return max(count_flops(branch) for branch in params["branches"])
-    inner = [value for value in params.values() if _is_jaxpr(value)]
-    return params.get("length", 1) * sum(count_flops(value) for value in inner)
+    kernel = equation.invars[1].aval.shape
+    features = kernel[params["dimension_numbers"].rhs_spec[0]]
+    positions = math.prod(equation.outvars[0].aval.shape) // features
+    # A gradient is written with a dilated input, whose added zeros cost nothing.
+    zeros = math.prod(params["lhs_dilation"])
+    return 2 * positions * math.prod(kernel) // zeros
 
 
 def _is_jaxpr(value: Any) -> bool:

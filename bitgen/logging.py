@@ -1,5 +1,6 @@
 """Where a run's numbers and pictures go: console, TensorBoard and `metrics.jsonl`."""
 
+import contextlib
 import json
 import logging
 import os
@@ -11,19 +12,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from bitgen import devices
 from bitgen.data.images import write_png
-
-# Dense bfloat16 peak of one device, FLOP/s, from the makers' data sheets.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-}
+from bitgen.errors import UserError
+from bitgen.figures import training_curves
 
 
 class RunLog:
@@ -59,11 +51,13 @@ class RunLog:
         return path
 
     def close(self) -> None:
-        """Flushes everything."""
+        """Flushes everything, and draws `curves.png` of the numbers."""
         if self.writer is not None:
             self.writer.flush()
             self.writer.close()
             self.metrics.close()
+            with contextlib.suppress(UserError):  # nothing was logged yet
+                write_png(self.workdir / "curves.png", training_curves(self.workdir))
 
 
 class Progress:
@@ -72,9 +66,8 @@ class Progress:
     def __init__(self, first: int, last: int, batch_size: int, flops: int):
         self.last, self.batch_size, self.flops = last, batch_size, flops
         self.step, self.start, self.waited = first, time.monotonic(), 0.0
-        device = jax.devices()[0].device_kind
-        matches = [peak for name, peak in PEAK_FLOPS.items() if device.startswith(name)]
-        self.peak = max(matches) * jax.device_count() if matches else None
+        device = devices.of_kind(jax.devices()[0].device_kind)
+        self.peak = device.flops * jax.device_count() if device else None
 
     def report(self, step: int, loss: float) -> tuple[str, dict[str, float]]:
         """Returns the line and its numbers for the steps since the last report."""

@@ -4,21 +4,26 @@ FILE is one of configs/, maybe with a size behind a colon (configs/bigr.py:XL), 
 setting of it can be changed: bitgen/config.py lists and explains them.
 """
 
+import errno
 import importlib
+import os
 import runpy
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from bitgen import distributed
 from bitgen.errors import UserError, choose
-from bitgen.logging import quiet, say
+from bitgen.logging import quiet
 
 # Each is bitgen.<module>.run(config, workdir).
-MODES = ("train", "tokenize", "sample", "edit", "reconstruct", "evaluate")
+MODES = ("train", "tokenize", "sample", "edit", "reconstruct", "evaluate", "benchmark")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File of configs/, or your own.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
@@ -26,22 +31,49 @@ _MODE = flags.DEFINE_string("mode", "train", f"One of {', '.join(MODES)}.")
 
 
 def main(argv: Sequence[str] = tuple(sys.argv)) -> int:
-    """Runs one mode; returns the exit status: 0, or 2 after one line about bad input."""
+    """Runs one mode; returns the exit status: 0, or 2 after one line about bad input.
+
+    A process ends with status 75 if another one of its run is lost or stuck, or it is itself.
+    """
     if {"--help", "-h"} & set(argv):
         print(f"{__doc__}\nMODE is one of {', '.join(MODES)}; train by default.")
         return 0
     try:
         config, workdir, mode = _parse(list(argv))
         quiet()
+        distributed.start()
         try:
             workdir.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise UserError(f"cannot make --workdir={workdir}: {e.strerror}") from None
+        distributed.check_shared(workdir)
+        _keep_compiled(config.compile_cache, workdir)
         importlib.import_module(f"bitgen.{mode}").run(config, workdir)
     except UserError as e:
-        say(f"error: {e}")
-        return 2
+        return _end(f"error: {e}", e.status)
+    except Exception as e:
+        if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _end(f"error: {e.strerror}: {e.filename or _WORKDIR.value}; free some", 2)
+        if not jax.distributed.is_initialized():
+            raise
+        return _end(traceback.format_exc(), 1)
     return 0
+
+
+def _keep_compiled(directory: Any, workdir: Path) -> None:
+    """Lets jax keep compiled programs for the next start, unless the environment says where."""
+    if directory and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / directory))
+
+
+def _end(message: str, status: int) -> int:
+    """Prints the message; one of several processes ends here, as the others may not."""
+    if not jax.distributed.is_initialized():
+        print(message, file=sys.stderr, flush=True)
+        return status
+    index = jax.process_index()
+    print(f"[process {index}] {message}" if index else message, file=sys.stderr, flush=True)
+    os._exit(status)
 
 
 def _parse(argv: list[str]) -> tuple[ConfigDict, Path, str]:

@@ -1,19 +1,17 @@
 """The device mesh, and where arrays live on it."""
 
-import re
-from collections.abc import Sequence
+import math
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bitgen.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
-Rules = Sequence[tuple[str, P]]
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = None) -> Mesh:
@@ -22,21 +20,31 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = Non
     Raises UserError if the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+    sizes = _sizes(len(devices), {"data": data, "fsdp": fsdp, "tensor": tensor})
+    types = (jax.sharding.AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(sizes, AXES, types, devices=devices)
+
+
+def abstract_mesh(count: int, data: int = -1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:
+    """Returns the mesh of so many devices that need not be there, for shapes; else `make_mesh`."""
+    sizes = _sizes(count, {"data": data, "fsdp": fsdp, "tensor": tensor})
+    return AbstractMesh(sizes, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+
+
+def _sizes(count: int, sizes: dict[str, int]) -> tuple[int, ...]:
+    fixed = math.prod(size for size in sizes.values() if size != -1)
     for axis, size in sizes.items():
         if size == -1:
-            sizes[axis] = max(len(devices) // fixed, 1)
-    if int(np.prod(list(sizes.values()))) != len(devices):
+            sizes[axis] = max(count // fixed, 1)
+    if math.prod(sizes.values()) != count:
         asked = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
         raise UserError(
-            f"mesh {asked} does not fit {len(devices)} devices; change config.mesh.* (-1: the rest)"
+            f"mesh {asked} does not fit {count} devices; change config.mesh.* (-1: the rest)"
         )
-    types = (jax.sharding.AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(sizes[axis] for axis in AXES), AXES, types, devices=devices)
+    return tuple(sizes[axis] for axis in AXES)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Returns the sharding of a batch: its first axis over data and fsdp."""
     return NamedSharding(mesh, BATCH)
 
@@ -46,20 +54,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def tree_shardings(shapes: Any, rules: Rules, mesh: Mesh) -> Any:
-    """Returns a sharding for each leaf: the spec of the first rule whose pattern is in its path."""
-
-    def one(path, leaf):
-        name = "/".join(str(getattr(k, "key", getattr(k, "name", k))) for k in path)
-        for pattern, spec in rules:
-            if re.search(pattern, name):
-                return NamedSharding(mesh, spec)
-        return NamedSharding(mesh, P())
-
-    return jax.tree_util.tree_map_with_path(one, shapes)
-
-
-def shards_of_batch(mesh: Mesh) -> int:
+def shards_of_batch(mesh: Mesh | AbstractMesh) -> int:
     """Returns into how many parts a batch is split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 

@@ -22,6 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from bitgen import __version__, build, streaming
+from bitgen.distributed import is_first, on_first, whole
 from bitgen.errors import UserError, choose
 from bitgen.streaming import LazyArray
 
@@ -54,14 +55,11 @@ def write(
       carried: names and values of tensors to keep aside, no half types.
     """
     directory = Path(os.path.abspath(directory))
-    primary = jax.process_index() == 0
-    if primary:
-        check_replaceable(directory)
+    primary = is_first()
     temporary = directory.with_name(directory.name + ".writing")
+    on_first(lambda: check_replaceable(directory))
     try:
-        if primary:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
+        on_first(lambda: _make_empty(temporary))
         if any(isinstance(leaf, LazyArray) for leaf in jax.tree.leaves(params)):
             hashed = streaming.save(temporary / "params", params)
         else:
@@ -69,7 +67,7 @@ def write(
                 params = jax.device_get(params)
             with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
                 checkpointer.save(temporary / "params", args=ocp.args.StandardSave(params))
-            hashed = digest(params) if primary else ""
+            hashed = digest(params)
         if primary:
             _write_carried(temporary / "carried.npz", carried)
             info = {"format": FORMAT, "bitgen": __version__, **info, "digest": hashed}
@@ -88,6 +86,11 @@ def write(
     finally:
         if primary:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _make_empty(directory: Path) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
 
 
 def check_replaceable(directory: Path) -> None:
@@ -118,13 +121,33 @@ def read_info(path: str | os.PathLike) -> dict[str, Any]:
     return info
 
 
+def describe(path: str | os.PathLike, kind: str, **fields: Any) -> Any:
+    """Returns the module of a model directory; of zoo:NAME without fetching it.
+
+    Raises UserError if there is no model or it is of another kind.
+    """
+    if not str(path):
+        raise UserError(f"no {kind} given: set --config.{kind}=DIR to a model directory")
+    if str(path).startswith("zoo:"):
+        from bitgen import zoo  # which needs this module
+
+        entry = zoo.get(str(path))
+        found, family, hparams = entry.kind, entry.family, zoo.settings(entry)
+    else:
+        info = read_info(path)
+        found, family, hparams = info["kind"], info["family"], info["hparams"]
+    if found != kind:
+        raise UserError(f"{path} holds a {found} ({family}), not a {kind}")
+    return build.make_module(kind, family, {**hparams, **fields})
+
+
 def load(path: str | os.PathLike, kind: str, sharding: Any = None, **fields: Any) -> Model:
     """Returns the model in a directory, its parameters placed by `sharding`.
 
     Args:
       path: the directory, or zoo:NAME.
       kind: 'tokenizer' or 'generator'; anything else there is a UserError.
-      sharding: of every parameter; the first device by default.
+      sharding: of every parameter; the first device of this process by default.
       **fields: of the module that are not part of the model, such as dtype.
     """
     if not str(path):
@@ -140,7 +163,7 @@ def load(path: str | os.PathLike, kind: str, sharding: Any = None, **fields: Any
             f"the parameters in {path} do not match its model.json: {faults[0]} "
             f"({len(faults)} differ)"
         )
-    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes
     )
@@ -183,10 +206,10 @@ def open_params(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def digest(params: Any) -> str:
-    """Returns a short hash of names, shapes, dtypes and values."""
+    """Returns a short hash of names, shapes, dtypes and values; every process must call it."""
     running = streaming.Digest()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        running.add(path, leaf)
+        running.add(path, whole(leaf) if isinstance(leaf, jax.Array) else leaf)
     return running.value()
 
 

@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from bitgen.errors import UserError, choose
+from bitgen.nn.conv import unrolled
 
 
 def make_schedule(config: Any, steps: int) -> optax.Schedule:
@@ -147,5 +148,6 @@ def mean_of_parts(
 
     shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], by_part), key)
     zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, jnp.float32), shapes)
-    total, _ = jax.lax.scan(one, zeros, (jnp.arange(parts), by_part))
+    numbered = (jnp.arange(parts), by_part)
+    total, _ = jax.lax.scan(one, zeros, numbered, unroll=unrolled(parts))
     return jax.tree.map(lambda t: t / parts, total)

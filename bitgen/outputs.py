@@ -4,15 +4,19 @@ import json
 import os
 import shutil
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 from jaxtyping import Int, UInt8
 from numpy.lib import format as npy
 
 from bitgen.data.images import grid, write_png
+from bitgen.distributed import on_first
 from bitgen.errors import UserError
+from bitgen.figures import captioned_grid
 
 _CHUNK = 512  # images a file of an npz under way, whatever the batch size
 _GRID_LIMIT = 10_000
@@ -33,14 +37,41 @@ class Output(Protocol):
 
 
 def make_output(
-    path: Path, labels: Int[np.ndarray, " n"], columns: int, settings: dict[str, Any]
+    path: Path,
+    labels: Int[np.ndarray, " n"],
+    columns: int,
+    settings: dict[str, Any],
+    captions: Sequence[str] = (),
 ) -> Output:
     """Returns the output that `path` asks for: NAME.png a grid, NAME.npz, or NAME/ a folder.
 
     `settings` say what makes the images: what is there of other settings is refused by UserError.
+    `captions` of the images are for a grid. Of several processes the first writes; all must use the
+    output alike.
     """
+    if jax.process_count() == 1:
+        return _make(path, labels, columns, settings, captions)
+    made: list[Output] = []
+
+    def make() -> int:
+        made.append(_make(path, labels, columns, settings, captions))
+        return made[0].next_index
+
+    next_index = on_first(make)
+    return _Shared(made[0] if made else None, next_index)
+
+
+def _make(
+    path: Path,
+    labels: np.ndarray,
+    columns: int,
+    settings: dict[str, Any],
+    captions: Sequence[str],
+) -> Output:
     if path.suffix == ".png":
-        return _Grid(path, len(labels), columns)
+        return _Grid(path, len(labels), columns, captions)
+    if captions:
+        raise UserError("config.sample.captions is for a grid: set config.sample.output=NAME.png")
     if path.suffix == ".npz":
         return _Npz(path, labels, settings)
     if path.suffix:
@@ -48,21 +79,41 @@ def make_output(
     return _Folder(path, labels, settings)
 
 
+class _Shared:
+    """The output of several processes; `output` is None on all but the first."""
+
+    def __init__(self, output: Output | None, next_index: int):
+        self.output, self.next_index = output, next_index
+
+    def add(self, images):
+        self.next_index += len(images)
+        if self.output is not None:
+            self.output.add(images)
+
+    def finish(self) -> str:
+        return on_first(lambda: self.output.finish() if self.output else "")
+
+
 class _Grid:
-    def __init__(self, path: Path, count: int, columns: int):
+    def __init__(self, path: Path, count: int, columns: int, captions: Sequence[str]):
         if count > _GRID_LIMIT:
             raise UserError(
                 f"{count} images do not fit a grid; set config.sample.output to NAME.npz or "
                 "a folder"
             )
-        self.path, self.columns, self.images, self.next_index = path, columns, [], 0
+        self.path, self.columns, self.captions = path, columns, captions
+        self.images, self.next_index = [], 0
 
     def add(self, images):
         self.images.append(images)
         self.next_index += len(images)
 
     def finish(self) -> str:
-        write_png(self.path, grid(np.concatenate(self.images), self.columns))
+        images = np.concatenate(self.images)
+        if self.captions:
+            write_png(self.path, captioned_grid(images, self.captions, self.columns))
+        else:
+            write_png(self.path, grid(images, self.columns))
         return f"wrote {self.path}: {self.next_index} images, {self.columns} a row"
 
 

@@ -10,6 +10,8 @@ import numpy as np
 
 from bitgen import data, model_directory
 from bitgen.data.images import paired_grid, write_png
+from bitgen.distributed import check_single
+from bitgen.figures import bit_planes
 from bitgen.logging import say
 from bitgen.mesh import even_batch, make_mesh, replicated
 from bitgen.pixels import from_uint8, to_uint8
@@ -18,8 +20,10 @@ from bitgen.pixels import from_uint8, to_uint8
 def run(config: Any, workdir: Path) -> None:
     """Writes `reconstructions.png` (images above reconstructions) and `reconstructions.json`.
 
+    Of a tokenizer with bits also `bit_planes.png`: those of the first image, at its finest scale.
     The tokenizer is `config.tokenizer`, or the one that was trained in the workdir.
     """
+    check_single("--mode=reconstruct")
     settings, mesh = config.reconstruct, make_mesh(**config.mesh)
     tokenizer = model_directory.load(
         config.tokenizer or workdir / "model", "tokenizer", replicated(mesh)
@@ -46,6 +50,8 @@ def run(config: Any, workdir: Path) -> None:
         psnr.append(each[:real])
         if tokenizer.module.bits:
             scales = jax.tree.leaves(bits)  # several, or one
+            if not count and jax.process_index() == 0:
+                write_png(workdir / "bit_planes.png", bit_planes(scales[-1][0], recon[0]))
             ones.append(sum(x[:real].sum((0, 1, 2)) for x in scales))
             tokens = sum(x.shape[1] * x.shape[2] for x in scales)
         if count < 4 * settings.columns:

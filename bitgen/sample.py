@@ -5,16 +5,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from bitgen import model_directory
-from bitgen.errors import UserError
+from bitgen import figures, model_directory
+from bitgen.distributed import check_mesh, check_single, whole
 from bitgen.labels import class_names_of, parse_labels
 from bitgen.logging import say
 from bitgen.mesh import even_batch, make_mesh, replicated
 from bitgen.outputs import make_output
 from bitgen.samplers.images import image_keys, image_sampler, make_plan
+from bitgen.samplers.steps import image_steps
+from bitgen.watchdog import Watchdog, guard
+
+_ANIMATED = 16  # images
 
 
 def run(config: Any, workdir: Path) -> None:
@@ -24,15 +27,25 @@ def run(config: Any, workdir: Path) -> None:
     depends on its index, label, seed and sampler settings, not on batch size or devices. Raises
     UserError for a label out of range, or a generator and tokenizer that do not fit.
     """
-    if jax.process_count() > 1:
-        raise UserError("sample runs in one process: start it on one host")
+    # By output: two runs may draw into one workdir.
+    name = f"sample-{Path(config.sample.output).name}"
+    with guard(workdir, name, config.train.stuck_after) as watch:
+        _run(config, workdir, watch)
+
+
+def _run(config: Any, workdir: Path, watch: Watchdog) -> None:
     settings, mesh = config.sample, make_mesh(**config.mesh)
+    check_mesh(mesh)
+    if settings.animation:
+        check_single("config.sample.animation")
+        figures.check_animation(Path(settings.animation))
+    watch.doing("loading models", patient=True)
     everywhere = replicated(mesh)
     generator, tokenizer = model_directory.load_pair(config, workdir, everywhere)
-    classes = parse_labels(
-        settings.labels, generator.module.num_classes, class_names_of(generator.info)
+    names = class_names_of(generator.info)
+    labels = np.repeat(
+        parse_labels(settings.labels, generator.module.num_classes, names), settings.per_label
     )
-    labels = np.repeat(classes, settings.per_label)
     plan = make_plan(generator.module, config.sampler)
     columns = settings.columns or max(settings.per_label, 1)
     if columns == 1:
@@ -49,6 +62,7 @@ def run(config: Any, workdir: Path) -> None:
             "dtype": settings.dtype,
             "sampler": config.sampler.to_dict(),
         },
+        [names[i] if names else str(i) for i in labels] if settings.captions else [],
     )
 
     # Every batch has the same shape, so that there is one program; the last is filled up.
@@ -59,6 +73,7 @@ def run(config: Any, workdir: Path) -> None:
         say(f"going on at image {first} of {len(labels)}")
     started = time.monotonic()
     for start in range(first, len(labels), size):
+        watch.doing(f"sampling from image {start} on", patient=True)
         indices = np.arange(start, start + size)
         batch = sampler(
             generator.params,
@@ -66,8 +81,16 @@ def run(config: Any, workdir: Path) -> None:
             labels[np.minimum(indices, len(labels) - 1)],
             image_keys(config.seed, indices),
         )
-        output.add(np.asarray(batch)[: len(labels) - start])
+        output.add(whole(batch)[: len(labels) - start])
         done = output.next_index
         rate = (done - first) / (time.monotonic() - started)
         say(f"sampled {done}/{len(labels)}, {rate:.2f} images/s")
+    watch.doing("completing the output", patient=True)
     say(output.finish())
+    if settings.animation:
+        one, other = ((model.module, model.params) for model in (generator, tokenizer))
+        shown = labels[:_ANIMATED]
+        keys = image_keys(config.seed, np.arange(len(shown)))
+        frames = figures.sampling_frames(image_steps(one, other, shown, keys, plan), 8)
+        figures.write_animation(workdir / settings.animation, frames)
+        say(f"wrote {workdir / settings.animation}: {len(frames)} steps of {len(shown)} images")

@@ -9,8 +9,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from bitgen import build
+from bitgen.distributed import place
 from bitgen.errors import UserError
-from bitgen.mesh import Rules, tree_shardings
+from bitgen.logging import say
+from bitgen.mesh import replicated
+from bitgen.sharding import Rules, batch_on, tree_shardings, whole_leaves
 
 PyTree = Any
 
@@ -53,7 +56,7 @@ def with_params(state: TrainState, params: PyTree, what: str) -> TrainState:
             f"({len(faults)} differ); set config.model as its model.json says"
         )
     placed = jax.tree.map(
-        lambda old, new: jax.device_put(jnp.asarray(new, old.dtype), old.sharding),
+        lambda old, new: place(jnp.asarray(new, old.dtype), old.sharding),
         state.params["model"],
         params,
     )
@@ -64,5 +67,29 @@ def with_params(state: TrainState, params: PyTree, what: str) -> TrainState:
 
 def born_sharded(init: Any, key: jax.Array, rules: Rules, mesh: Mesh) -> tuple[Any, Any]:
     """Returns init(key) computed where it lives, and its shardings."""
-    shardings = tree_shardings(jax.eval_shape(init, key), rules, mesh)
+    shapes = jax.eval_shape(init, key)
+    shardings = tree_shardings(shapes, rules, mesh)
+    if mesh.shape["fsdp"] > 1 and (whole := whole_leaves(shapes, shardings)):
+        say(
+            f"{len(whole)} arrays have no axis that config.mesh.fsdp={mesh.shape['fsdp']} divides "
+            f"and lie whole on every device: {whole[0]}, ..."
+        )
     return jax.jit(init, out_shardings=shardings)(key), shardings
+
+
+def step_program(task: Any, shardings: Any, mesh: Mesh, key: jax.Array) -> Any:
+    """Returns the jitted f(state, frozen, batch, stage) -> (state, metrics) of a task.
+
+    The state is donated; `stage` is static. Step i has the key folded with i.
+    """
+
+    def train_step(state: TrainState, frozen: PyTree, batch: PyTree, stage: bool):
+        with batch_on(mesh):
+            return task.step(state, frozen, batch, jax.random.fold_in(key, state.step), stage)
+
+    return jax.jit(
+        train_step,
+        static_argnums=3,
+        donate_argnums=0,
+        out_shardings=(shardings, replicated(mesh)),
+    )

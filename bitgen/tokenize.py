@@ -11,38 +11,50 @@ from jax.sharding import PartitionSpec as P
 
 from bitgen import data, model_directory
 from bitgen.data.packed import PackedWriter, pack_bits
-from bitgen.errors import UserError
+from bitgen.distributed import check_mesh, gather, on_first
+from bitgen.evaluation.features import own_rows, pad_rows
 from bitgen.logging import say
-from bitgen.mesh import BATCH, batch_sharding, even_batch, make_mesh, replicated
+from bitgen.mesh import BATCH, even_batch, make_mesh, replicated, to_device
 from bitgen.pixels import from_uint8
+from bitgen.watchdog import Watchdog, guard
 
 
 def run(config: Any, workdir: Path) -> None:
     """Writes `workdir/bits`: packed bits, labels and the tokenizer's identity; resumes by shard."""
-    if jax.process_count() > 1:
-        raise UserError("tokenize runs in one process: start it on one host")
+    with guard(workdir, "tokenize", config.train.stuck_after) as watch:
+        _run(config, workdir, watch)
+
+
+def _run(config: Any, workdir: Path, watch: Watchdog) -> None:
     settings, mesh = config.tokenize, make_mesh(**config.mesh)
+    check_mesh(mesh)
+    watch.doing("loading the tokenizer", patient=True)
     tokenizer = model_directory.load(config.tokenizer, "tokenizer", replicated(mesh))
     model_directory.check_bits(tokenizer.module, tokenizer.path)
     source = config.data.copy_and_resolve_references()
     source.split, source.image_size = settings.split, tokenizer.module.image_size
     size = even_batch(settings.batch_size, mesh)
-    batches = data.make_batches(source, batch_size=size, seed=config.seed, training=False)
+    places = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    batches = data.make_batches(source, batch_size=size, seed=config.seed, training=False, **places)
     module, total = tokenizer.module, batches.num_examples
-    writer = PackedWriter(
-        workdir / "bits",
-        {
-            "grid": list(module.grid),
-            "bits": module.bits,
-            "views": settings.views,
-            "num_classes": batches.num_classes,
-            "class_names": list(batches.class_names),
-            "count": total,
-            "examples_per_shard": settings.shard,
-            "tokenizer": model_directory.identity(config.tokenizer),
-            "source": {k: source[k] for k in ("source", "path", "builder", "split", "holdout")},
-        },
-    )
+    meta = {
+        "grid": list(module.grid),
+        "bits": module.bits,
+        "views": settings.views,
+        "num_classes": batches.num_classes,
+        "class_names": list(batches.class_names),
+        "count": total,
+        "examples_per_shard": settings.shard,
+        "tokenizer": model_directory.identity(config.tokenizer),
+        "source": {k: source[k] for k in ("source", "path", "builder", "split", "holdout")},
+    }
+    writer: list[PackedWriter] = []  # of the first process
+
+    def open_writer() -> int:
+        writer.append(PackedWriter(workdir / "bits", meta))
+        return writer[0].next_index
+
+    begin = on_first(open_writer)
 
     def encode(params, images):
         images = from_uint8(images)
@@ -53,24 +65,28 @@ def run(config: Any, workdir: Path) -> None:
     program = jax.jit(
         jax.shard_map(encode, mesh=mesh, in_specs=(P(), BATCH), out_specs=BATCH, check_vma=False)
     )
-    if writer.next_index:
-        say(f"{workdir / 'bits'} goes on at image {writer.next_index} of {total}")
+    if begin:
+        say(f"{workdir / 'bits'} goes on at image {begin} of {total}")
         batches.close()
         batches = data.make_batches(
-            source, batch_size=size, seed=config.seed, training=False, start=writer.next_index
+            source, batch_size=size, seed=config.seed, training=False, start=begin, **places
         )
-    sharding, done, started, told = batch_sharding(mesh), 0, time.monotonic(), 0.0
+    rows, done, started, told = size // jax.process_count(), 0, time.monotonic(), 0.0
     for batch in batches:
+        watch.doing(f"encoding after {done} images", patient=done == 0)
         images = batch["image"]
-        real = len(images)
-        padded = np.zeros((size, *images.shape[1:]), np.uint8)
-        padded[:real] = images
-        packed = program(tokenizer.params, jax.device_put(padded, sharding))
-        writer.add(np.asarray(packed)[:real], batch["label"], batch["index"])
-        done += real
+        placed = to_device({"image": pad_rows(images, rows)}, mesh)
+        packed = gather(own_rows(program(tokenizer.params, placed["image"])))
+        real = gather(np.arange(rows) < len(images))
+        label, index = (gather(pad_rows(batch[name], rows))[real] for name in ("label", "index"))
+        if writer:
+            writer[0].add(packed[real], label, index)
+        done += len(index)
         elapsed = time.monotonic() - started
-        if elapsed - told > 10:
+        if elapsed - told > 10 and len(index):
             told = elapsed
-            say(f"tokenized {batch['index'][-1] + 1}/{total}, {done / elapsed:.0f} images/s")
-    writer.finish(batches.counts()["broken"])
+            say(f"tokenized {index[-1] + 1}/{total}, {done / elapsed:.0f} images/s")
+    watch.doing("completing the bits", patient=True)
+    broken = int(gather(np.asarray([batches.counts()["broken"]])).sum())
+    on_first(lambda: writer[0].finish(broken))
     say(f"wrote {workdir / 'bits'}: {total} images, {settings.views} view(s) each")

@@ -3,6 +3,8 @@
 import collections
 import contextlib
 import dataclasses
+import functools
+import os
 import signal
 import time
 from pathlib import Path
@@ -10,17 +12,24 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
-from bitgen import data, model_directory
+from bitgen import data, memory, model_directory
 from bitgen.checkpoint import Checkpoints
+from bitgen.devices import GIB
+from bitgen.distributed import check_mesh, gather, place
 from bitgen.errors import UserError, choose
 from bitgen.evaluation import schedule
+from bitgen.evaluation.validation import Validation
 from bitgen.flops import count_flops
 from bitgen.logging import Progress, RunLog, merged, say
-from bitgen.mesh import make_mesh, replicated, shards_of_batch, to_device
-from bitgen.state import TrainState, born_sharded
+from bitgen.measure import compiled_bytes
+from bitgen.mesh import make_mesh, shards_of_batch, to_device
+from bitgen.sharding import RULES, tree_shardings
+from bitgen.state import TrainState, born_sharded, step_program
 from bitgen.tasks.generator import GeneratorTask
 from bitgen.tasks.tokenizer import TokenizerTask
+from bitgen.watchdog import Watchdog, guard
 
 TASKS = {"tokenizer": TokenizerTask, "generator": GeneratorTask}
 
@@ -30,11 +39,14 @@ def run(config: Any, workdir: Path) -> None:
 
     Raises UserError for bad input, and when the loss is no longer finite.
     """
-    with contextlib.ExitStack() as stack:
-        _run(config, workdir, stack)
+    with (
+        guard(workdir, "train", config.train.stuck_after) as watch,
+        contextlib.ExitStack() as stack,
+    ):
+        _run(config, workdir, watch, stack)
 
 
-def _run(config: Any, workdir: Path, stack: contextlib.ExitStack) -> None:
+def _run(config: Any, workdir: Path, watch: Watchdog, stack: contextlib.ExitStack) -> None:
     # ---------------------------------------------------------------- settings
     settings, batch_size, last = config.train, config.train.batch_size, config.train.steps
     task = choose("task", settings.task, TASKS)(config)
@@ -59,8 +71,10 @@ def _run(config: Any, workdir: Path, stack: contextlib.ExitStack) -> None:
     checkpoints = Checkpoints(workdir, config.to_dict(), settings.keep)
     stack.callback(checkpoints.close)
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
-    state, shardings = born_sharded(task.init, init_key, (), mesh)
-    frozen = jax.device_put(task.frozen(), replicated(mesh))
+    say(f"memory without a step's own: {memory.format_parts(memory.resident(task, mesh))}")
+    state, shardings = born_sharded(task.init, init_key, RULES[config.model.family], mesh)
+    frozen = task.frozen()
+    frozen = place(frozen, tree_shardings(frozen, (), mesh))
     step = 0
     if checkpoints.latest is not None:
         state, position = checkpoints.restore(state)
@@ -70,7 +84,7 @@ def _run(config: Any, workdir: Path, stack: contextlib.ExitStack) -> None:
     elif config.init_from:
         state = task.start_from(state, model_directory.load(config.init_from, settings.task))
         say(f"starting from {config.init_from}")
-    feed = Feed(batches, mesh)
+    feed = Feed(batches, mesh, settings.preview_images if settings.preview_every else 0)
     size = sum(leaf.size for leaf in jax.tree.leaves(state.params["model"]))
     say(f"training {config.model.family}: {size / 1e6:.1f} M parameters, {mesh.size} devices")
 
@@ -78,45 +92,53 @@ def _run(config: Any, workdir: Path, stack: contextlib.ExitStack) -> None:
     if extractor is not None and step < last:
         fid = schedule.start(config, task, mesh, extractor, workdir)
 
-    # ------------------------------------------------------------------- steps
-    def train_step(state: TrainState, frozen, batch, stage: bool):
-        return task.step(state, frozen, batch, jax.random.fold_in(step_key, state.step), stage)
+    validate = None
+    if settings.validate_every:
+        validation = Validation(config, task, mesh)
+        validate = functools.partial(validation.measure, frozen=frozen)
 
-    program = jax.jit(
-        train_step,
-        static_argnums=3,
-        donate_argnums=0,
-        out_shardings=(shardings, replicated(mesh)),
-    )
+    # ------------------------------------------------------------------- steps
+    program = step_program(task, shardings, mesh, step_key)
     compiled: dict[bool, Any] = {}
 
     log = RunLog(workdir)
     stack.callback(log.close)
     stop = _StopSignal()
-    record = Record(task, info, workdir, feed, checkpoints, log, saved=step, fid=fid)
+    record = Record(
+        task, info, workdir, feed, checkpoints, log, watch, saved=step, fid=fid, validate=validate
+    )
     progress, leaving = None, step >= last
     while not leaving:
         waiting = time.monotonic()
+        watch.doing(f"waiting for the data of step {step + 1}")
         batch = feed.next()
         waited = time.monotonic() - waiting
         stage = task.stage(step)
         if stage not in compiled:
             started = time.monotonic()
+            watch.doing("compiling the training step", patient=True)
             traced = program.trace(state, frozen, batch, stage)
             compiled[stage] = traced.lower().compile()
-            say(f"compiled the training step in {time.monotonic() - started:.1f} s")
+            size = compiled_bytes(compiled[stage]) / GIB
+            took = f"{time.monotonic() - started:.1f} s"
+            say(f"compiled the training step in {took}: {size:.3g} GiB a device in all")
             progress = Progress(step, last, batch_size, count_flops(traced.jaxpr))
         assert progress is not None
+        if stop.before_a_step(nothing_new=step == record.saved):
+            break
+        watch.doing(f"step {step + 1}")
         state, metrics = compiled[stage](state, frozen, batch)
         step += 1
         progress.waited += waited
-        leaving = step == last or stop.received
+        leaving = stop.after(step) or step == last
         record.after(step, state, metrics, progress, leaving)
 
     # ------------------------------------------------------------------ the end
     checkpoints.wait()
-    if stop.received:
-        say(f"stopped by a signal: saved step {step}, the same command goes on from there")
+    if stop.received and record.saved:
+        say(f"stopped by a signal: saved step {record.saved}, the same command goes on from there")
+    elif stop.received:
+        say("stopped by a signal before the first step: the same command begins again")
     elif not compiled:
         say(f"nothing to do: {workdir} is at step {step} of {last}")
     else:
@@ -129,6 +151,7 @@ class Feed:
 
     batches: Any
     mesh: Any
+    shown: int  # rows of the first batch, for pictures
     ahead: int = 2
     position: Any = None
     first: dict[str, np.ndarray] | None = None
@@ -141,15 +164,12 @@ class Feed:
         """Returns the next batch on the devices."""
         while len(self.queue) < self.ahead:
             batch = next(self.batches)
-            self.first = self.first or batch
+            if self.first is None:
+                count = self.shown
+                self.first = {name: gather(x[:count])[:count] for name, x in batch.items()}
             self.queue.append((to_device(batch, self.mesh), self.batches.get_state()))
         batch, self.position = self.queue.popleft()
         return batch
-
-    def preview(self, count: int) -> dict[str, np.ndarray]:
-        """Returns rows of the first batch of this process, the same for every picture."""
-        assert self.first is not None
-        return {name: value[:count] for name, value in self.first.items()}
 
 
 @dataclasses.dataclass
@@ -162,8 +182,10 @@ class Record:
     feed: Feed
     checkpoints: Checkpoints
     log: RunLog
+    watch: Watchdog
     saved: int  # step of the newest checkpoint
     fid: schedule.ScheduledFid | None = None
+    validate: Any = None  # averaged parameters -> errors on held-out examples
     pending: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def after(
@@ -179,8 +201,9 @@ class Record:
         if saving or step % settings.log_every == 0:
             self._numbers(step, progress)
         working = time.monotonic()
+        self.watch.doing(f"drawing and saving step {step}", patient=True)
         if settings.preview_every and (leaving or step % settings.preview_every == 0):
-            rows = self.feed.preview(settings.preview_images)
+            rows = self.feed.first or {}
             for name, picture in self.task.preview(state, rows).items():
                 self.log.image(step, name, picture)
         if saving:
@@ -189,10 +212,18 @@ class Record:
             info = {**self.info, "steps": step}
             model_directory.write(self.workdir / "model", info, state.ema)
         last = step == settings.steps
+        if self.validate and (last or (step % settings.validate_every == 0 and not leaving)):
+            self._validate(step, state)
         # Not for a run that was told to stop: it has little time.
         if self.fid and (last or (step % settings.fid_every == 0 and not leaving)):
             self._distance(step, state)
         progress.start += time.monotonic() - working  # what is no training is not timed as such
+
+    def _validate(self, step: int, state: TrainState) -> None:
+        found = self.validate(state.ema)
+        parts = [f"{name} {value:.4g}" for name, value in found.items() if name != "val_examples"]
+        say(f"step {step}  {', '.join(parts)} of {found['val_examples']:.0f} held-out examples")
+        self.log.scalars(step, found)
 
     def _distance(self, step: int, state: TrainState) -> None:
         assert self.fid is not None
@@ -204,6 +235,9 @@ class Record:
         self.log.scalars(step, found)
 
     def _numbers(self, step: int, progress: Progress) -> None:
+        for i, metrics in enumerate(self.pending, start=step + 1 - len(self.pending)):
+            self.watch.doing(f"step {i}")  # the devices are behind this thread
+            jax.block_until_ready(metrics)
         metrics = _finite(jax.device_get(self.pending), step, self.workdir, self.saved)
         self.pending = []
         line, speed = progress.report(step, float(metrics["loss"]))
@@ -213,16 +247,33 @@ class Record:
 
 
 class _StopSignal:
-    """Notes SIGTERM and SIGINT; the loop ends after the step under way."""
+    """Notes SIGTERM and SIGINT; the loop ends after the step under way.
+
+    Of several processes all end after the same step: JAX, which has its own handler of SIGTERM
+    then, tells the others and finds one that none of them has passed.
+    """
 
     def __init__(self):
-        self.received = False
-        for number in (signal.SIGTERM, signal.SIGINT):
+        self.received, self.several = False, jax.process_count() > 1
+        for number in (signal.SIGINT,) if self.several else (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._note)
 
     def _note(self, number, frame):
         del number, frame
-        self.received = True
+        if self.several:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            self.received = True
+
+    def before_a_step(self, nothing_new: bool) -> bool:
+        """Returns whether to end without a step, as there is nothing to save."""
+        return self.received and nothing_new and not self.several
+
+    def after(self, step: int) -> bool:
+        """Returns whether to end after a step; to be asked of every one."""
+        if self.several:
+            self.received = multihost_utils.reached_preemption_sync_point(step)
+        return self.received
 
 
 def _finite(metrics: list[dict[str, Any]], step: int, workdir: Path, saved: int) -> dict[str, Any]:
@@ -241,6 +292,7 @@ def _finite(metrics: list[dict[str, Any]], step: int, workdir: Path, saved: int)
 
 
 def _check(config: Any, mesh: Any) -> None:
+    check_mesh(mesh)
     shards, parts = shards_of_batch(mesh), config.train.accumulate
     if parts < 1:
         raise UserError(f"config.train.accumulate is a number of parts, 1 or more, got {parts}")

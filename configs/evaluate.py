@@ -27,6 +27,13 @@ linear probe of each layer (the features are held in memory: images x layers x w
     $EVALUATE --workdir=runs/e --config.evaluate.kind=probe --config.data.path=imagenet/train \
         --config.evaluate.images=100000 --config.evaluate.layers=6-17
 
+Several tokenizers on the same images: a table of bits a pixel and errors, a page of pictures, and
+the validation curves of those whose runs had config.train.validate_every:
+
+    $EVALUATE --workdir=runs/f --config.evaluate.kind=comparison --config.evaluate.protocol=none \
+        --config.data.path=pictures --config.evaluate.split=test \
+        --config.evaluate.tokenizers=a=runs/a/model,b=runs/b/model
+
 Inception's weights: `--config.evaluate.weights=zoo:inception_adm` (or inception_pytorch_fid) gets
 them once; by default they are looked for in the cache, and an error says where to put them.
 `--config.evaluate.protocol=random` needs no file: its numbers compare only with themselves.

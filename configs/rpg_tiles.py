@@ -72,6 +72,7 @@ def get_config(variant: str = "dcae-04"):
     c.optim.schedule = "cosine"
     c.optim.weight_decay = 0.01
     c.optim.no_decay = ("mean$", "var$")
+    c.train.validate_every = 500
     c.optim.ema = 0.999
     c.loss.perceptual_weight = 0.0
     c.loss.gan_weight = 0.0

@@ -1,5 +1,6 @@
 # Sourced by the scripts here: makes the virtual environment $VENV (default .venv) with the extras
-# named as arguments, and installs bitgen into it in place.
+# named as arguments, and installs bitgen into it in place, with any further requirements.
+# shellcheck shell=bash
 VENV="${VENV:-.venv}"
 PYTHON="${PYTHON:-python3}"
 "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
@@ -7,4 +8,4 @@ PYTHON="${PYTHON:-python3}"
   exit 2
 }
 [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
-"$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -e ".[$1]"
+"$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -e ".[$1]" "${@:2}"

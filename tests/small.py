@@ -1,8 +1,13 @@
 """Settings small enough to train in seconds, for tests of everything around the models."""
 
+from pathlib import Path
 from typing import Any
 
-from bitgen import config
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bitgen import build, config, model_directory
 
 TOKENIZER = {
     "width": 32,
@@ -80,3 +85,32 @@ def bitdance(tokenizer_directory) -> Any:
     c.sampler.guidance = 2.0
     c.tokenizer = str(tokenizer_directory)
     return c
+
+
+def random_params(module: Any) -> Any:
+    """Parameters that are nowhere zero, so that labels, steps and neighbours matter."""
+    rng = np.random.default_rng(0)
+
+    def values(leaf):
+        return jnp.asarray(
+            rng.normal(0, 1.5 / max(leaf.shape[-1], 2) ** 0.5, leaf.shape), leaf.dtype
+        )
+
+    return jax.tree.map(values, build.param_shapes(module))
+
+
+def write_models(folder: Path, generator: str = "bigr") -> tuple[Path, Path]:
+    """Writes a generator with random weights and its tokenizer as runs leave them: DIR/*/model."""
+    fields = {"bigr": GENERATOR, "bitdance": BITDANCE}[generator]
+    origin, paths = {}, []
+    for kind, family, hparams in (
+        ("tokenizer", "binary_ae", TOKENIZER),
+        ("generator", generator, fields),
+    ):
+        module = build.make_module(kind, family, hparams)
+        info = {"kind": kind, "family": family, "hparams": hparams, "origin": origin}
+        path = folder / kind / "model"
+        model_directory.write(path, info, random_params(module))
+        origin = {"tokenizer": model_directory.identity(path)}
+        paths.append(path)
+    return paths[1], paths[0]

@@ -28,7 +28,7 @@ def decode(data: bytes | np.ndarray) -> Image.Image:
         else:
             image = Image.open(io.BytesIO(data))
         image.load()
-        return _to_rgb(image)
+        return to_rgb(image)
     except MemoryError:
         raise
     # Decoders of damaged bytes raise much more than OSError: SyntaxError, struct.error, ...
@@ -39,7 +39,8 @@ def decode(data: bytes | np.ndarray) -> Image.Image:
         raise BrokenImage("empty file" if len(data) == 0 else reason) from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Greyscale, palette, 16-bit and CMYK as RGB, transparency laid on white."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I"):  # 16 bits: PIL would clip at 255 instead of scaling

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, UInt8
 
 from bitgen import model_directory
+from bitgen.distributed import gather, place
 from bitgen.errors import UserError, choose
 from bitgen.evaluation.inception import POOL, SIZE, Inception
 from bitgen.evaluation.resize import resize_bilinear
@@ -88,23 +89,34 @@ class Extractor:
         self.size = how.size  # of the pool features
         self.rows = even_batch(batch_size, mesh) // jax.process_count()
         self._sharding = batch_sharding(mesh)
-        self._params = jax.device_put(params, replicated(mesh))
+        self._params = place(params, replicated(mesh))
         self._program = _program(protocol, mesh)
 
     def __call__(self, images: UInt8[np.ndarray, "n H W 3"]) -> Features:
         """Returns the features of at most `rows` images, those of the padding left out."""
         return self._fetch(self._start(images))
 
-    def stream(self, batches: Iterable[UInt8[np.ndarray, "b H W 3"]]) -> Iterator[Features]:
-        """Yields the features of images that come in batches of any size, none dropped."""
+    def stream(
+        self, batches: Iterable[UInt8[np.ndarray, "b H W 3"]], *, shares: bool = False
+    ) -> Iterator[Features]:
+        """Yields the features of images that come in batches of any size, none dropped.
+
+        Over several processes every one gets the features of all images in order. `batches` are
+        the same on each, or with `shares` its own rows of every batch, of at most `rows`.
+        """
+        several = jax.process_count()
+        if several == 1 or not shares:
+            first = self.rows * jax.process_index()
+            whole = regroup(batches, self.rows * several)
+            batches = (images[first : first + self.rows] for images in whole)
         under_way = None
-        for images in regroup(batches, self.rows):
+        for images in batches:
             started = self._start(images)
             if under_way is not None:  # the device works while the host takes the last result
-                yield self._fetch(under_way)
+                yield self._fetch_all(under_way)
             under_way = started
         if under_way is not None:
-            yield self._fetch(under_way)
+            yield self._fetch_all(under_way)
 
     def _start(self, images: np.ndarray) -> tuple[Any, int]:
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
@@ -116,6 +128,11 @@ class Extractor:
         padded = pad_rows(images, self.rows)
         padded = jax.make_array_from_process_local_data(self._sharding, padded)
         return self._program(self._params, padded), len(images)
+
+    def _fetch_all(self, started: tuple[dict[str, jax.Array], int]) -> Features:
+        features, real = started
+        mask = gather(np.arange(self.rows) < real)
+        return {name: gather(own_rows(value))[mask] for name, value in features.items()}
 
     def _fetch(self, started: tuple[dict[str, jax.Array], int]) -> Features:
         features, real = started

@@ -15,10 +15,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bitgen import model_directory
+from bitgen.distributed import whole
 from bitgen.errors import UserError
 from bitgen.evaluation.features import Extractor
 from bitgen.evaluation.frechet import frechet_distance, kernel_distance
-from bitgen.evaluation.images import holds_images, pixels, read_data, read_images
+from bitgen.evaluation.images import holds_images, pixels, read_images, read_share
 from bitgen.evaluation.manifold import precision_recall
 from bitgen.evaluation.statistics import SPLIT, Summary, read_statistics, summarise
 from bitgen.evaluation.store import FeatureStore
@@ -26,6 +27,7 @@ from bitgen.labels import class_names_of, parse_labels
 from bitgen.logging import say
 from bitgen.mesh import even_batch, make_mesh, replicated
 from bitgen.samplers.images import image_keys, image_sampler, make_plan
+from bitgen.watchdog import Watchdog, watched
 
 Row = dict[str, Any]
 
@@ -53,13 +55,15 @@ def compare(sample: Summary, reference: Summary, extractor: Extractor) -> Row:
 
 
 def measure_images(
-    name: str, count: int, batches: Iterable[np.ndarray], extractor: Extractor
+    name: str, count: int, batches: Iterable[np.ndarray], extractor: Extractor, watch: Watchdog
 ) -> Summary:
     """Returns the summary of `count` images, which the progress line calls `name`."""
-    return summarise(told(extractor.stream(batches), count, name), count)
+    return summarise(told(extractor.stream(batches), count, name, watch), count)
 
 
-def measure_reference(config: Any, extractor: Extractor, image_size: int) -> Summary:
+def measure_reference(
+    config: Any, extractor: Extractor, image_size: int, watch: Watchdog
+) -> Summary:
     """Returns the summary of `config.evaluate.reference`, or of `config.data` if it is empty.
 
     Of data, `config.evaluate.manifold` images at most are kept for precision, recall and KID.
@@ -69,9 +73,10 @@ def measure_reference(config: Any, extractor: Extractor, image_size: int) -> Sum
     if not path:
         source = config.data.copy_and_resolve_references()
         source.image_size = image_size
-        batches = read_data(source, settings.split, limit=settings.images, batch=extractor.rows)
+        batches = read_share(source, settings.split, limit=settings.images, rows=extractor.rows)
         count = batches.num_examples
-        stream = told(extractor.stream(pixels(batches)), count, f"split {settings.split!r}")
+        features = extractor.stream(pixels(batches), shares=True)
+        stream = told(features, count, f"split {settings.split!r}", watch)
         keep_every = -(-count // settings.manifold) if settings.manifold else 0
         return summarise(stream, count, keep_every)
     known = None
@@ -79,7 +84,7 @@ def measure_reference(config: Any, extractor: Extractor, image_size: int) -> Sum
         known = read_statistics(path, extractor.protocol, extractor.digest)
         if known is not None and not holds_images(path):
             return known
-    seen = measure_images(path, *read_images(path, extractor.rows), extractor)
+    seen = measure_images(path, *read_images(path, extractor.rows), extractor, watch)
     # ADM's files: statistics of a large set beside some of its images.
     return seen if known is None else dataclasses.replace(known, features=seen.features)
 
@@ -96,7 +101,7 @@ class GeneratorRun:
     labels: np.ndarray
     stores: list[FeatureStore] = dataclasses.field(default_factory=list)
 
-    def measure(self, scale: float, extractor: Extractor) -> Summary:
+    def measure(self, scale: float, extractor: Extractor, watch: Watchdog) -> Summary:
         """Returns the summary of the images at a scale of guidance; a killed run goes on."""
         store = FeatureStore(self.folder / self._name(scale, extractor), len(self.labels))
         self.stores.append(store)
@@ -105,6 +110,7 @@ class GeneratorRun:
             say(f"guidance {scale:g}: going on at image {first} of {store.count}")
         started = time.monotonic()
         for images in self._images(scale, first):
+            watch.doing(f"guidance {scale:g} after {store.next_index} images", patient=True)
             for features in extractor.stream([images]):
                 store.add(features)
             done = store.next_index
@@ -151,7 +157,7 @@ class GeneratorRun:
                 labels[np.minimum(indices, count - 1)],
                 image_keys(self.config.seed, indices),
             )
-            yield np.asarray(images)[: count - start]
+            yield whole(images)[: count - start]
 
 
 def open_generator(config: Any, workdir: Path) -> GeneratorRun:
@@ -167,10 +173,10 @@ def open_generator(config: Any, workdir: Path) -> GeneratorRun:
     return GeneratorRun(config, workdir / "evaluation.part", mesh, generator, tokenizer, labels)
 
 
-def told(features: Iterable[dict], count: int, what: str) -> Iterator[dict]:
+def told(features: Iterable[dict], count: int, what: str, watch: Watchdog) -> Iterator[dict]:
     """Passes features on, and says now and then how many of `count` have come."""
     done, started, last = 0, time.monotonic(), time.monotonic()
-    for batch in features:
+    for batch in watched(features, watch):
         yield batch
         done += len(batch["pool"])
         if time.monotonic() - last > 10 or done >= count:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from numpy.lib import format as npy
 
@@ -72,6 +73,13 @@ def read_data(
     scale = (float(c.crop_scale_min), float(c.crop_scale_max))
     load = LoadExample(batches.source, chosen, False, c.image_size, c.crop, scale, False)
     return data.Batches(load, c, batch_size=batch, seed=0, start=0, **where)
+
+
+def read_share(config_data: Any, split: str, *, limit: int, rows: int) -> data.Batches:
+    """Returns what `read_data` does, of every batch the `rows` of this process."""
+    index, count = jax.process_index(), jax.process_count()
+    where = {"process_index": index, "process_count": count}
+    return read_data(config_data, split, limit=limit, batch=rows * count, **where)
 
 
 def pixels(batches: Iterable[dict[str, np.ndarray]]) -> Batches:

@@ -1,7 +1,8 @@
-"""A line through labelled points as a picture: guidance sweeps, accuracy over layers."""
+"""Lines as pictures: guidance sweeps, accuracy over layers, errors over training."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -9,16 +10,52 @@ from PIL import Image, ImageDraw, ImageFont
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 720, 480, 90, 40, 40, 60
 _INK, _LINE, _GRID = (40, 40, 40), (31, 98, 166), (222, 222, 222)
+_COLOURS = (_LINE, (214, 96, 22), (44, 140, 62), (190, 40, 60), (120, 80, 180), (110, 110, 110))
 
 
 def plot(
-    points: Sequence[tuple[float, float]], labels: Sequence[str], x_name: str, y_name: str
+    points: Sequence[tuple[float, float]],
+    labels: Sequence[str],
+    x_name: str,
+    y_name: str,
+    dots: bool = True,
 ) -> UInt8[np.ndarray, "H W 3"]:
     """Returns a picture of the points, joined in order, each with its label; NaN is left out."""
     kept = [(p, label) for p, label in zip(points, labels, strict=True) if np.isfinite(p).all()]
+    page, pen, font, place = _axes([p for p, _ in kept], x_name, y_name)
+    places = [place(*p) for p, _ in kept]
+    if len(places) > 1:
+        pen.line(places, fill=_LINE, width=2)
+    for (x, y), (_, label) in zip(places, kept, strict=True) if dots else ():
+        pen.ellipse([x - 4, y - 4, x + 4, y + 4], fill=_LINE)
+        pen.text((x + 6, y - 6), label, fill=_INK, font=font, anchor="ls")
+    return np.asarray(page)
+
+
+def curves(
+    series: Mapping[str, Sequence[tuple[float, float]]], x_name: str, y_name: str
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Returns a picture of several lines, each with its name in the legend; NaN is left out."""
+    kept = {name: [p for p in points if np.isfinite(p).all()] for name, points in series.items()}
+    every = [p for points in kept.values() for p in points]
+    page, pen, font, place = _axes(every, x_name, y_name)
+    widest = max((font.getlength(name) for name in kept), default=0)
+    left = _WIDTH - _RIGHT - widest - 8
+    for i, (name, points) in enumerate(kept.items()):
+        colour = _COLOURS[i % len(_COLOURS)]
+        if len(points) > 1:
+            pen.line([place(*p) for p in points], fill=colour, width=2)
+        down = _TOP + 14 + 20 * i
+        pen.line([(left - 30, down), (left - 8, down)], fill=colour, width=3)
+        pen.text((left, down), name, fill=_INK, font=font, anchor="lm")
+    return np.asarray(page)
+
+
+def _axes(points: Sequence[tuple[float, float]], x_name: str, y_name: str) -> Any:
+    """-> a page with axes that hold the points, its pen and font, and where a point lies on it."""
     page = Image.new("RGB", (_WIDTH, _HEIGHT), "white")
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(size=14)
-    ticks = [_ticks([p[axis] for p, _ in kept] or [0.0, 1.0]) for axis in (0, 1)]
+    ticks = [_ticks([p[axis] for p in points] or [0.0, 1.0]) for axis in (0, 1)]
     inside = (_WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM)
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -36,13 +73,7 @@ def plot(
         pen.text((_LEFT - 8, down), f"{y:g}", fill=_INK, font=font, anchor="rm")
     pen.text((_LEFT + inside[0] / 2, _HEIGHT - 10), x_name, fill=_INK, font=font, anchor="ms")
     pen.text((_LEFT - 60, _TOP - 12), y_name, fill=_INK, font=font, anchor="ls")
-    places = [place(*p) for p, _ in kept]
-    if len(places) > 1:
-        pen.line(places, fill=_LINE, width=2)
-    for (x, y), (_, label) in zip(places, kept, strict=True):
-        pen.ellipse([x - 4, y - 4, x + 4, y + 4], fill=_LINE)
-        pen.text((x + 6, y - 6), label, fill=_INK, font=font, anchor="ls")
-    return np.asarray(page)
+    return page, pen, font, place
 
 
 def _ticks(values: Sequence[float]) -> list[float]:

@@ -17,16 +17,17 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
 from bitgen.data.packed import unpack_bits
+from bitgen.distributed import gather
 from bitgen.errors import UserError
-from bitgen.evaluation.features import pad_rows
-from bitgen.mesh import BATCH, batch_sharding
+from bitgen.evaluation.features import own_rows, pad_rows
+from bitgen.mesh import BATCH, to_device
 from bitgen.pixels import from_uint8
 
 
 def layer_features(
     generator: Any, tokenizer: Any, mesh: Mesh, layers: Sequence[int], *, packed: bool
 ) -> Callable[[Any, Any, np.ndarray], jax.Array]:
-    """Returns f(generator params, tokenizer params, images or packed bits) -> [b, l, d].
+    """Returns f(generator params, tokenizer params, own images or packed bits) -> [b, l, d].
 
     Inputs are uint8 [b, H, W, 3] or, `packed`, [b, h, w, ceil(k/8)]; b a multiple of the devices.
     Of `layers` only, counted from 0. The generator is asked for `features(bits, labels [b])` ->
@@ -53,19 +54,22 @@ def layer_features(
             pooled, mesh=mesh, in_specs=(P(), P(), BATCH), out_specs=BATCH, check_vma=False
         )
     )
-    sharding = batch_sharding(mesh)
-    return lambda g, t, inputs: program(g, t, jax.device_put(inputs, sharding))
+    return lambda g, t, inputs: program(g, t, to_device({"inputs": inputs}, mesh)["inputs"])
 
 
 def collect(
     program: Callable[..., jax.Array], params: tuple[Any, Any], batches: Any, rows: int
 ) -> tuple[Float[np.ndarray, "n l d"], Int[np.ndarray, " n"]]:
-    """Returns the features and labels of all batches of data, which have at most `rows` rows."""
+    """Returns the features and labels of all batches of data, which have at most `rows` rows.
+
+    Over several processes each gives its own rows of every batch, and gets those of all.
+    """
     features, labels = [], []
     for batch in batches:
         inputs = batch["bits"] if "bits" in batch else batch["image"]
-        features.append(np.asarray(program(*params, pad_rows(inputs, rows)))[: len(inputs)])
-        labels.append(batch["label"])
+        mask = gather(np.arange(rows) < len(inputs))
+        features.append(gather(own_rows(program(*params, pad_rows(inputs, rows))))[mask])
+        labels.append(gather(pad_rows(batch["label"], rows))[mask])
     return np.concatenate(features), np.concatenate(labels)
 
 

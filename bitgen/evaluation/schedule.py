@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 from bitgen.errors import UserError
 from bitgen.evaluation.features import Extractor, make_extractor
 from bitgen.evaluation.frechet import frechet_distance
-from bitgen.evaluation.images import pixels, read_data, read_images
+from bitgen.evaluation.images import pixels, read_images, read_share
 from bitgen.evaluation.statistics import (
     Gaussian,
     Moments,
@@ -59,14 +59,7 @@ def data_pass(
 
     images: so many at most, evenly spread over the split; 0: all.
     """
-    batches = read_data(
-        config_data,
-        split,
-        limit=images,
-        batch=rows * jax.process_count(),
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    batches = read_share(config_data, split, limit=images, rows=rows)
     try:
         yield from batches
     finally:
@@ -145,7 +138,7 @@ def start(config: Any, task: Any, mesh: Mesh, extractor: Extractor, workdir: Pat
 
 
 def _file_reference(path: str, extractor: Extractor) -> Gaussian:
-    """Of an npz file with statistics or images, or of a folder; every process reads all of it."""
+    """Of an npz file with statistics or images, or of a folder."""
     known = None
     if not Path(path).is_dir():
         known = read_statistics(path, extractor.protocol, extractor.digest)

@@ -8,20 +8,28 @@ from pathlib import Path
 
 import numpy as np
 
+from bitgen.distributed import is_first, on_first
+
 _CHUNK = 512  # images a file
 
 
 class FeatureStore:
-    """Takes features of `count` images in order from `next_index` on, in files of 512 images."""
+    """Takes features of `count` images in order from `next_index` on, in files of 512 images.
+
+    Of several processes the first writes; all must use it alike.
+    """
 
     def __init__(self, path: Path, count: int):
         self.path, self.count = path, count
-        path.mkdir(parents=True, exist_ok=True)
+        self.next_index = min(on_first(self._begin) * _CHUNK, count)
+        self._waiting: dict[str, np.ndarray] = {}
+
+    def _begin(self) -> int:
+        self.path.mkdir(parents=True, exist_ok=True)
         chunks = 0
         while self._file(chunks).exists():
             chunks += 1
-        self.next_index = min(chunks * _CHUNK, count)
-        self._waiting: dict[str, np.ndarray] = {}
+        return chunks
 
     def _file(self, chunk: int) -> Path:
         return self.path / f"features-{chunk:05d}.npz"
@@ -34,22 +42,27 @@ class FeatureStore:
         rows = len(features["pool"])
         self.next_index = start + rows
         while rows >= _CHUNK or (rows and self.next_index == self.count):
-            file = self._file(start // _CHUNK)
-            temporary = file.with_suffix(".writing.npz")
-            np.savez(temporary, **{k: v[:_CHUNK] for k, v in features.items()})  # type: ignore
-            os.replace(temporary, file)
+            if is_first():
+                file = self._file(start // _CHUNK)
+                temporary = file.with_suffix(".writing.npz")
+                np.savez(temporary, **{k: v[:_CHUNK] for k, v in features.items()})  # type: ignore
+                os.replace(temporary, file)
             features = {k: v[_CHUNK:] for k, v in features.items()}
             rows, start = max(rows - _CHUNK, 0), start + _CHUNK
         self._waiting = features if rows else {}
 
     def read(self) -> Iterator[dict[str, np.ndarray]]:
         """Yields what is on disk, in order."""
+        on_first(lambda: None)  # when the first has written all of it
         for chunk in range(-(-self.count // _CHUNK)):
             with np.load(self._file(chunk)) as arrays:
                 yield dict(arrays)
 
     def remove(self) -> None:
         """Deletes it, and the folder that it is in if that is empty then."""
+        on_first(self._remove)
+
+    def _remove(self) -> None:
         shutil.rmtree(self.path)
         with contextlib.suppress(OSError):
             self.path.parent.rmdir()

@@ -24,9 +24,67 @@ def conv(features: int, kernel: int, name: str | None, dtype: Dtype, **options) 
     )
 
 
+def unrolled(length: int) -> int:
+    """Returns how many turns of a loop over convolutions to unroll: on CPU all of them.
+
+    XLA's fast convolutions for CPU do not work inside of its loops: a gradient takes 50 times as
+    long there.
+    """
+    return length if jax.default_backend() == "cpu" else 1
+
+
 def dense(features: int, name: str, dtype: Dtype, **options) -> nn.Dense:
     """Returns a 1x1 convolution, written as the matrix product that it is."""
     return nn.Dense(features, kernel_init=torch_kernel_init, dtype=dtype, name=name, **options)
+
+
+class Depthwise(nn.Module):
+    """A convolution of each channel by itself, as a sum of shifted images.
+
+    The same parameters as `nn.Conv` with as many groups as channels; its own gradient with respect
+    to the kernel is slow on CPU.
+    """
+
+    kernel: int
+    use_bias: bool = True
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """Returns x after the convolution, summed in float32."""
+        _, h, w, c = x.shape
+        side, pad = self.kernel, self.kernel // 2
+        kernel = self.param("kernel", torch_kernel_init, (side, side, 1, c), jnp.float32)
+        kernel = kernel.astype(self.dtype).astype(jnp.float32)
+        padded = jnp.pad(x.astype(self.dtype), ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+        y = jnp.zeros(x.shape, jnp.float32)
+        for i in range(side):
+            for j in range(side):
+                y += padded[:, i : i + h, j : j + w] * kernel[None, None, i, j]
+        if self.use_bias:
+            y += self.param("bias", nn.initializers.zeros, (c,), jnp.float32)[None, None, None]
+        return y.astype(self.dtype)
+
+
+class Grouped(nn.Module):
+    """A 1x1 convolution within equal groups of channels, as the matrix products that it is.
+
+    The same parameters as `nn.Conv` with `groups` groups and no bias.
+    """
+
+    groups: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """Returns x with each group's channels mixed."""
+        b, h, w, c = x.shape
+        size = c // self.groups
+        kernel = self.param("kernel", torch_kernel_init, (1, 1, size, c), jnp.float32)
+        # [i, g o] -> one matrix a group
+        kernel = kernel.astype(self.dtype).reshape(size, self.groups, size)
+        x = x.astype(self.dtype).reshape(b, h, w, self.groups, size)
+        return jnp.einsum("bhwgi,igo->bhwgo", x, kernel).reshape(b, h, w, c)
 
 
 class ResBlock(nn.Module):

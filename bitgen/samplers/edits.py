@@ -4,6 +4,7 @@ Each edit is the masked sampler started from known bits, once or several times w
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -76,17 +77,22 @@ def encode_view(
     tokenizer: Any, params: Any, view: UInt8[np.ndarray, "S S 3"], mesh: Mesh
 ) -> tuple[Bool[np.ndarray, "h w k"], UInt8[np.ndarray, "S S 3"]]:
     """Returns the bits of a picture, and what the tokenizer makes of them."""
+    bits, image = jax.device_get(_round_trip(tokenizer, mesh)(params, view[None]))
+    return bits, image
 
+
+# One program for equal modules, plans and meshes: an edit after another does not compile again.
+@functools.lru_cache(maxsize=8)
+def _round_trip(tokenizer: Any, mesh: Mesh):
     def encode(params, images):
         bits = tokenizer.apply({"params": params}, from_uint8(images), method="encode")
         images = tokenizer.apply({"params": params}, bits, method="decode")
         return bits[0], to_uint8(images)[0]
 
-    program = jax.jit(encode, out_shardings=replicated(mesh))
-    bits, image = jax.device_get(program(params, view[None]))
-    return bits, image
+    return jax.jit(encode, out_shardings=replicated(mesh))
 
 
+@functools.lru_cache(maxsize=8)
 def redrawer(generator: Any, plan: MaskedPlan, mesh: Mesh):
     """Returns f(params, classes [b,d], known [b,h,w,k], keys [b], mask [h,w]) -> bits [b,h,w,k].
 
@@ -115,6 +121,7 @@ def redrawer(generator: Any, plan: MaskedPlan, mesh: Mesh):
     return run
 
 
+@functools.lru_cache(maxsize=8)
 def _viewer(tokenizer: Any, mesh: Mesh):
     """Returns f(params, bits [b,h,w,k]) -> the bits and uint8 images [b,S,S,3], on every host."""
 

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from bitgen.distributed import place
 from bitgen.errors import UserError, choose
 from bitgen.generators.bigr import BiGR
 from bitgen.generators.bitdance import BitDance
@@ -85,7 +86,7 @@ def image_sampler(
     sharding = batch_sharding(mesh)
 
     def run(generator_params, tokenizer_params, labels, keys):
-        labels, keys = jax.device_put((jnp.asarray(labels), keys), sharding)
+        labels, keys = place((jnp.asarray(labels), keys), sharding)
         return program(generator_params, tokenizer_params, labels, keys)
 
     return run

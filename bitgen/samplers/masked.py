@@ -91,8 +91,22 @@ def sample_bits(
       mask: which tokens to draw; the same number in each image.
       masked: that number, which must be static.
     """
-    b, (height, width), k = len(classes), generator.grid, generator.bits
-    n = height * width
+    classes, state, parts = begin(generator, params, classes, plan, known, mask, masked)
+    for window, xs in parts:
+
+        def body(state, x, window=window):
+            return iteration(generator, params, classes, keys, plan, window, state, x), None
+
+        state, _ = jax.lax.scan(body, state, xs)
+    return state[0].reshape(len(classes), *generator.grid, generator.bits)
+
+
+def begin(generator: Any, params, classes, plan: MaskedPlan, known=None, mask=None, masked=None):
+    """Returns class embeddings [b, d], the first state of `iteration`, and the parts of the loop.
+
+    A part is a window and the x of each of its iterations, stacked. Arguments as of `sample_bits`.
+    """
+    b, n, k = len(classes), generator.tokens, generator.bits
     if classes.ndim == 1:
         classes = generator.apply({"params": params}, classes, method="embed_labels")
     state = (
@@ -100,21 +114,16 @@ def sample_bits(
         jnp.ones((b, n), bool) if mask is None else mask.reshape(b, n),
     )
     schedule = iterations(plan, n if mask is None else masked or 0)
-    total = len(schedule.counts)
+    total, parts = len(schedule.counts), []
     for part in np.array_split(np.arange(total), min(plan.segments, total)):
-        window = int(schedule.left[part[0]])
         xs = (
             jnp.asarray(part),
             jnp.asarray(schedule.counts[part]),
             jnp.asarray(schedule.guidance[part]),
             jnp.asarray(schedule.gumbel[part]),
         )
-
-        def body(state, x, window=window):
-            return iteration(generator, params, classes, keys, plan, window, state, x), None
-
-        state, _ = jax.lax.scan(body, state, xs)
-    return state[0].reshape(b, height, width, k)
+        parts.append((int(schedule.left[part[0]]), xs))
+    return classes, state, parts
 
 
 def iteration(generator: Any, params, classes, keys, plan: MaskedPlan, window: int, state, x):

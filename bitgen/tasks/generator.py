@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from bitgen import build, model_directory, optim
 from bitgen.data.images import grid
 from bitgen.data.packed import PackedSource, unpack_bits
+from bitgen.distributed import place, whole
 from bitgen.errors import UserError
 from bitgen.evaluation.features import own_rows, pad_rows
 from bitgen.evaluation.images import pixels
@@ -30,25 +31,30 @@ class GeneratorTask:
 
     fid_name = "fid"
 
-    def __init__(self, config: Any):
+    def __init__(self, config: Any, files: bool = True):
         """Builds the module and checks that it fits the bits; computes nothing.
 
-        Raises UserError if bits a token, grid or classes differ from those of the data.
+        Without `files` it has shapes and a step but no weights of a tokenizer: stored bits need not
+        be there, and a tokenizer of the zoo is not fetched. Raises UserError if bits a token, grid
+        or classes differ from those of the data.
         """
         self.config = config
         self.module, self.info = build.module_from_config("generator", config.model)
         self.optimiser = optim.make_optimiser(config.optim, config.train.steps)
         self.packed = config.data.source == "bits"
+        if self.packed and not files:
+            return
         if self.packed:
             meta = PackedSource(config.data.path).meta
             source, made = config.data.path, (meta["bits"], tuple(meta["grid"]))
             self.info["origin"] = {"tokenizer": meta["tokenizer"]}
         else:
-            info = model_directory.read_info(config.tokenizer)
-            tokenizer = build.make_module("tokenizer", info["family"], info["hparams"])
+            self.tokenizer_module = model_directory.describe(config.tokenizer, "tokenizer")
+            tokenizer = self.tokenizer_module
             model_directory.check_bits(tokenizer, config.tokenizer)
             source, made = config.tokenizer, (tokenizer.bits, tuple(tokenizer.grid))
-            self.info["origin"] = {"tokenizer": model_directory.identity(config.tokenizer)}
+            if files:
+                self.info["origin"] = {"tokenizer": model_directory.identity(config.tokenizer)}
         for name, want, have in zip(
             ("bits", "grid"), (self.module.bits, tuple(self.module.grid)), made, strict=True
         ):
@@ -68,6 +74,20 @@ class GeneratorTask:
         if self.packed:
             return {}
         return {"tokenizer": self.tokenizer.params}
+
+    def frozen_shapes(self) -> PyTree:
+        """Returns the shapes of `frozen`, reading no weights."""
+        return {} if self.packed else {"tokenizer": build.param_shapes(self.tokenizer_module)}
+
+    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns the shapes of a global batch."""
+        b, size = self.config.train.batch_size, self.config.data.image_size
+        packed = (b, *self.module.grid, -(-self.module.bits // 8))
+        name, shape = ("bits", packed) if self.packed else ("image", (b, size, size, 3))
+        return {
+            name: jax.ShapeDtypeStruct(shape, jnp.uint8),
+            "label": jax.ShapeDtypeStruct((b,), jnp.int32),
+        }
 
     def init(self, key: jax.Array) -> TrainState:
         """Returns the state before the first step; jit-able."""
@@ -129,16 +149,33 @@ class GeneratorTask:
         columns = min(classes, 16, count)
         images = self._sampler(tokenizer.module)(
             state.ema,
-            jax.device_put(tokenizer.params, jax.tree.leaves(state.ema)[0].sharding),
+            place(tokenizer.params, replicated(make_mesh(**self.config.mesh))),
             np.arange(count) % columns * max(classes // columns, 1),
             image_keys(self.config.seed, np.arange(count)),
         )
-        return {"samples": grid(np.asarray(images), columns)}
+        return {"samples": grid(whole(images), columns)}
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 - a run has one task
     def _sampler(self, tokenizer):
         plan, mesh = make_plan(self.module, self.config.sampler), make_mesh(**self.config.mesh)
         return image_sampler(self.module, tokenizer, plan, mesh)
+
+    def errors(
+        self, params: PyTree, frozen: PyTree, batch: dict, key: jax.Array
+    ) -> dict[str, jax.Array]:
+        """Returns each held-out example's loss, [b]: masks and noises depend on the key alone."""
+        bits_key, loss_key = jax.random.split(key)
+        bits = self._bits(frozen, batch, bits_key)
+
+        def one(bits, label, key):
+            variables, rngs = {"params": params}, {"loss": key}
+            arguments = (bits[None], label[None])
+            value, _ = self.module.apply(
+                variables, *arguments, train=False, rngs=rngs, method="loss"
+            )
+            return value
+
+        return {"loss": jax.vmap(one)(bits, batch["label"], jax.random.split(loss_key, len(bits)))}
 
     def image_maker(
         self, mesh: Mesh, rows: int, count: int
@@ -158,7 +195,7 @@ class GeneratorTask:
         size, first = rows * jax.process_count(), rows * jax.process_index()
 
         def make(params: PyTree) -> Iterator[np.ndarray]:
-            tokenizer_params = jax.device_put(self.tokenizer.params, replicated(mesh))
+            tokenizer_params = place(self.tokenizer.params, replicated(mesh))
             for start in range(0, count, size):
                 places = np.arange(start, start + size)
                 images = sampler(
@@ -181,7 +218,7 @@ class GeneratorTask:
         if not self.packed:
             yield from pixels(batches)
             return
-        params = jax.device_put(self.tokenizer.params, replicated(mesh))
+        params = place(self.tokenizer.params, replicated(mesh))
 
         @jax.jit
         def decode(params, packed):
@@ -198,8 +235,7 @@ class GeneratorTask:
         if self.packed:
             return unpack_bits(batch["bits"], self.module.bits)
         images = from_uint8(batch["image"])
-        variables = {"params": frozen["tokenizer"]}
-        module = self.tokenizer.module
+        variables, module = {"params": frozen["tokenizer"]}, self.tokenizer_module
         if self.config.train.stochastic_bits and getattr(module, "stochastic", False):
             probs = module.apply(variables, images, method="probs")
             return jax.random.bernoulli(key, probs)

@@ -14,13 +14,15 @@ from bitgen import build, model_directory, optim
 from bitgen.convert import patchgan
 from bitgen.convert.rules import import_tensors
 from bitgen.data.images import bars, paired_grid
+from bitgen.distributed import place, whole
 from bitgen.errors import UserError
 from bitgen.evaluation.features import own_rows, pad_rows
 from bitgen.evaluation.images import pixels
+from bitgen.evaluation.reconstruction import psnr
 from bitgen.evaluation.schedule import data_pass
 from bitgen.losses import adversarial
 from bitgen.losses.augment import diff_augment
-from bitgen.losses.lpips import load_lpips, lpips_distance
+from bitgen.losses.lpips import load_lpips, lpips_distance, lpips_shapes
 from bitgen.mesh import to_device
 from bitgen.nn.shuffle import pixel_shuffle, pixel_unshuffle
 from bitgen.pixels import from_uint8, to_uint8
@@ -63,6 +65,23 @@ class TokenizerTask:
             return {}
         return {"lpips": load_lpips(self.config.loss.perceptual_weights)}
 
+    def frozen_shapes(self) -> PyTree:
+        """Returns the shapes of `frozen`, reading no weights."""
+        if self.config.loss.perceptual_weight == 0:
+            return {}
+        return {
+            "lpips": {
+                layer: {name: jax.ShapeDtypeStruct(s, jnp.float32) for name, s in leaves.items()}
+                for layer, leaves in lpips_shapes().items()
+            }
+        }
+
+    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns the shapes of a global batch, without the labels, which are not read."""
+        size = self.config.data.image_size
+        shape = (self.config.train.batch_size, size, size, 3)
+        return {"image": jax.ShapeDtypeStruct(shape, jnp.uint8)}
+
     def init(self, key: jax.Array) -> TrainState:
         """Returns the state before the first step; jit-able."""
         model_key, discriminator_key = jax.random.split(key)
@@ -99,9 +118,7 @@ class TokenizerTask:
             "batch_stats": state.stats["discriminator"],
         }
         variables, _ = import_tensors(patchgan.table(hparams), tensors, target)
-        variables = jax.tree.map(
-            lambda old, new: jax.device_put(new, old.sharding), target, variables
-        )
+        variables = jax.tree.map(lambda old, new: place(new, old.sharding), target, variables)
         return state.replace(
             params={**state.params, "discriminator": variables["params"]},
             stats={**state.stats, "discriminator": variables["batch_stats"]},
@@ -171,7 +188,7 @@ class TokenizerTask:
         and of its entropy in bits.
         """
         images = np.asarray(batch["image"])
-        recon = np.asarray(self._reconstruct(state.ema, images))
+        recon = whole(self._reconstruct(state.ema, images))
         pictures = {"reconstructions": paired_grid(images, recon, 16)}
         if (p := self.bits_mean) is not None:
             pictures["bits"] = bars({"share of ones": p, "entropy": _entropy(p)})
@@ -179,11 +196,25 @@ class TokenizerTask:
 
     @functools.cached_property
     def _reconstruct(self):
-        def reconstruct(params, images):
-            bits = self.module.apply({"params": params}, from_uint8(images), method="encode")
-            return to_uint8(self.module.apply({"params": params}, bits, method="decode"))
+        return jax.jit(lambda params, images: to_uint8(self._through(params, images)))
 
-        return jax.jit(reconstruct)
+    def _through(self, params, images):
+        """uint8 images -> their reconstructions, not clipped."""
+        bits = self.module.apply({"params": params}, from_uint8(images), method="encode")
+        return self.module.apply({"params": params}, bits, method="decode")
+
+    def errors(
+        self, params: PyTree, frozen: PyTree, batch: dict, key: jax.Array
+    ) -> dict[str, jax.Array]:
+        """Returns each held-out image's l1, as in the loss, and psnr of 8-bit pixels, [b]."""
+        del frozen, key
+        images, recon = from_uint8(batch["image"]), self._through(params, batch["image"])
+        low, high = self.config.loss.pixel_range
+        distance = jnp.abs(jnp.clip(recon, -1, 1) - images) * ((high - low) / 2)
+        return {
+            "l1": jnp.mean(distance, axis=(1, 2, 3)),
+            "psnr": psnr(batch["image"], to_uint8(recon)),
+        }
 
     def image_maker(
         self, mesh: Mesh, rows: int, count: int

@@ -13,7 +13,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from bitgen.errors import choose
-from bitgen.nn.conv import conv, dense
+from bitgen.nn.conv import Depthwise, Grouped, conv, dense, unrolled
 from bitgen.nn.norms import BatchNorm, Dtype, RMSNorm
 from bitgen.nn.shuffle import average_channels, pixel_shuffle, pixel_unshuffle, repeat_channels
 
@@ -70,7 +70,11 @@ def stage(
         return x
     res = nn.remat(ResBlock, prevent_cse=False) if remat else ResBlock
     layers = nn.scan(
-        res, variable_axes={"params": 0, "moved": 0}, split_rngs={"params": True}, length=depth
+        res,
+        variable_axes={"params": 0, "moved": 0},
+        split_rngs={"params": True},
+        length=depth,
+        unroll=unrolled(depth),
     )
     return layers(norm, activation, train, dtype, name=name)(x)[0]
 
@@ -135,10 +139,8 @@ class LinearAttention(nn.Module):
         qkv = jnp.einsum("bhwc,tcd->bhwtd", x, kernel).reshape(b, h, w, width)
         parts = [qkv]
         for i, size in enumerate(self.scales):
-            depthwise = {"use_bias": False, "feature_group_count": width}
-            grouped = {"use_bias": False, "feature_group_count": 3 * heads}
-            y = conv(width, size, f"scale_{i}_depth", self.dtype, **depthwise)(qkv)
-            y = conv(width, 1, f"scale_{i}_mix", self.dtype, **grouped)(y)
+            y = Depthwise(size, use_bias=False, dtype=self.dtype, name=f"scale_{i}_depth")(qkv)
+            y = Grouped(3 * heads, self.dtype, name=f"scale_{i}_mix")(y)
             parts.append(y)
         qkv = jnp.stack(parts, 3).reshape(b, h * w, len(parts) * heads, 3, HEAD_DIM)
         q, k, v = (qkv[:, :, :, i] for i in range(3))  # [b, n, heads, d]
@@ -191,7 +193,7 @@ class GatedConvMLP(nn.Module):
         c, act = x.shape[-1], ACTIVATIONS[self.activation]
         hidden = 2 * EXPANSION * c
         y = act(dense(hidden, "in", self.dtype)(x))
-        y = conv(hidden, 3, "depth", self.dtype, feature_group_count=hidden)(y)
+        y = Depthwise(3, dtype=self.dtype, name="depth")(y)
         y, gate = jnp.split(y, 2, axis=-1)
         y = dense(c, "out", self.dtype, use_bias=False)(y * act(gate))
         return normalize(self.norm, "norm", y, self.train)

@@ -1,0 +1,362 @@
+"""bitgen in a notebook: `bitgen.load(...)`, then `encode`, `decode`, `sample` and `edit`.
+
+model = bitgen.load("runs/digits/bigr/model")
+bits = model.encode("seven.png")  # bool [1, h, w, k]
+again = model.decode(bits)  # uint8 [1, S, S, 3]
+images = model.sample([7, 7, 3], seed=1, guidance=2.0, to="pil")
+changed = model.edit("seven.png", "inpaint", box=(0, 0, 16, 16), label=3)
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Bool, UInt8
+
+from bitgen import config, model_directory
+from bitgen import edit as edit_mode
+from bitgen.data import pictures
+from bitgen.data.given import as_picture, check_codes, give, read_image, read_mask, several
+from bitgen.errors import UserError, choose
+from bitgen.labels import class_names_of, parse_labels
+from bitgen.mesh import batch_sharding, even_batch, make_mesh, replicated
+from bitgen.model_directory import Model
+from bitgen.pixels import from_uint8
+from bitgen.samplers import images as samplers
+from bitgen.samplers.steps import image_steps
+
+# One picture, or several: PIL, a file, uint8 of any size [H, W, 3], float in [-1, 1] of the model's
+# size [S, S, 3], and lists or a leading axis of those.
+Pictures = Any
+Labels = str | int | Sequence[int] | np.ndarray
+Out = Literal["uint8", "float", "pil"]
+# Bool [b, h, w, k], a tuple of them of a tokenizer of several scales, or latents [b, h, w, c].
+Codes = Any
+
+
+def load(
+    path: str | Path,
+    tokenizer: str | Path | None = None,
+    *,
+    mesh: Mesh | None = None,
+    dtype: str = "float32",
+) -> "Pipeline":
+    """Returns a model to use: a generator with its tokenizer, or a tokenizer alone.
+
+    Args:
+      path: model directory, or name of a released model with or without zoo: before it.
+      tokenizer: of a generator, in the same ways. By default the one that a released model names,
+        or that the generator was trained with, if it lies near it (as a run's workdirs do).
+      mesh: devices to share the work, `bitgen.mesh.make_mesh()` for all; by default the first.
+      dtype: of the computation, float32 or bfloat16.
+
+    Raises UserError if a model cannot be read, or the two do not fit.
+    """
+    from bitgen.build import DTYPES
+
+    choose("dtype", dtype, DTYPES)
+    mesh = mesh or make_mesh(devices=jax.devices()[:1])
+    path = _name(path)
+    if model_directory.read_info(path)["kind"] == "generator":
+        settings = config.base()
+        settings.generator = path
+        settings.tokenizer = _name(tokenizer) if tokenizer else find_tokenizer(path)
+        settings.sample.dtype = dtype
+        generator, found = model_directory.load_pair(settings, Path(), replicated(mesh))
+        return Pipeline(found, generator, mesh)
+    if tokenizer:
+        raise UserError(f"{path} is a tokenizer itself: leave tokenizer={str(tokenizer)!r} out")
+    model = model_directory.load(path, "tokenizer", replicated(mesh))
+    model = dataclasses.replace(model, module=model.module.clone(dtype=DTYPES[dtype]))
+    return Pipeline(model, None, mesh)
+
+
+def find_tokenizer(path: str) -> str:
+    """Returns the tokenizer of a generator: by its name in the zoo, or by its digest nearby.
+
+    Raises UserError if it is not found.
+    """
+    from bitgen.zoo import get
+
+    if path.startswith("zoo:"):
+        return f"zoo:{get(path).tokenizer}"
+    origin = model_directory.read_info(path).get("origin")
+    wanted = origin.get("tokenizer") if isinstance(origin, dict) else None
+    if not isinstance(wanted, dict) or not wanted.get("digest"):
+        raise UserError(f"{path} does not say which tokenizer it needs: give tokenizer=DIR")
+    directory = Path(path).resolve()
+    for folder in (directory.parent, directory.parent.parent):
+        for file in sorted([*folder.glob("*/model.json"), *folder.glob("*/model/model.json")]):
+            try:
+                info = model_directory.read_info(file.parent)
+            except UserError:
+                continue
+            if info.get("kind") == "tokenizer" and info.get("digest") == wanted["digest"]:
+                return str(file.parent)
+    raise UserError(
+        f"the tokenizer of {path} ({wanted.get('family')}, digest {wanted['digest']}) is not "
+        "near it: give tokenizer=DIR"
+    )
+
+
+class Pipeline:
+    """A loaded tokenizer, and the generator of its bits if there is one.
+
+    Arrays come back as NumPy on this process. A program is compiled once for each batch shape and
+    plan. Bad input raises `bitgen.UserError`.
+    """
+
+    def __init__(self, tokenizer: Model, generator: Model | None, mesh: Mesh):
+        self.tokenizer, self.generator, self.mesh = tokenizer, generator, mesh
+        module, sharding = tokenizer.module, batch_sharding(mesh)
+
+        def encode(params, images):
+            return module.apply({"params": params}, images, method="encode")
+
+        def decode(params, codes):
+            return module.apply({"params": params}, codes, method="decode")
+
+        self._encode, self._decode = (
+            jax.jit(function, in_shardings=(replicated(mesh), sharding), out_shardings=sharding)
+            for function in (encode, decode)
+        )
+        self._samplers: dict[samplers.Plan, Any] = {}
+
+    @property
+    def image_size(self) -> int:
+        """Pixels along the side of an image."""
+        return self.tokenizer.module.image_size
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Tokens (h, w) of an image."""
+        return tuple(self.tokenizer.module.grid)
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the generator's classes, numbers if it has no names."""
+        info = self._generator().info
+        names = class_names_of(info)
+        return names or [str(label) for label in range(info["hparams"]["num_classes"])]
+
+    def plan(self, **settings: Any) -> samplers.Plan:
+        """Returns the settings of the generator's sampler, with the given ones changed.
+
+        By default no more denoiser steps than the model was trained with.
+        """
+        generator = self._generator()
+        fields = dataclasses.asdict(samplers.default_plan(generator.info["family"]))
+        if "denoiser_steps" in fields:
+            trained = generator.module.diffusion_steps
+            fields["denoiser_steps"] = min(fields["denoiser_steps"], trained)
+        for name in settings:
+            choose("setting of the sampler", name, fields)
+        return samplers.make_plan(generator.module, {**fields, **settings})
+
+    def encode(self, images: Pictures, *, batch_size: int = 64) -> Codes:
+        """Returns the codes of pictures, of which uint8 ones and files are cropped to the model.
+
+        Bool [b, h, w, k]; a tuple of those from a tokenizer of several scales; float32
+        [b, h, w, c] from one of continuous latents.
+        """
+        return self._batched(self._encode, self.read(images), batch_size)
+
+    def decode(self, codes: Codes, *, to: Out = "uint8", batch_size: int = 64) -> Any:
+        """Returns the images of what `encode` gives, [b, S, S, 3] or a list of PIL images.
+
+        `to="float"` gives what the decoder gives, about [-1, 1], not clipped.
+        """
+        images = self._batched(self._decode, check_codes(self.tokenizer.module, codes), batch_size)
+        return give(images, to)
+
+    def sample(
+        self,
+        labels: Labels,
+        *,
+        seed: int = 0,
+        to: Out = "uint8",
+        batch_size: int = 64,
+        **settings: Any,
+    ) -> Any:
+        """Returns an image for each label, [b, S, S, 3] or a list of PIL images.
+
+        Args:
+          labels: numbers, or text such as "0-9" or "goldfish,otter".
+          seed: an image depends on it, its label and its place only.
+          to: "uint8", "float" in [-1, 1], or "pil".
+          batch_size: images drawn together.
+          **settings: of the sampler, such as guidance and iterations; see `plan`.
+        """
+        generator, plan, labels = self._generator(), self.plan(**settings), self.labels(labels)
+        if plan not in self._samplers:
+            self._samplers[plan] = samplers.image_sampler(
+                generator.module, self.tokenizer.module, plan, self.mesh
+            )
+        keys = samplers.image_keys(seed, np.arange(len(labels)))
+
+        def run(params, batch):
+            return self._samplers[plan](params, self.tokenizer.params, *batch)
+
+        images = self._batched(run, (labels, keys), batch_size, generator.params)
+        return give(images, to)
+
+    def steps(
+        self, labels: Labels, *, seed: int = 0, every: int = 1, **settings: Any
+    ) -> Iterator[tuple[UInt8[np.ndarray, "b S S 3"], Bool[np.ndarray, "b h w"]]]:
+        """Yields the images of `sample` while they are drawn, grey where no token is drawn yet.
+
+        The second value says which tokens are drawn. `every` so many steps are shown, and the
+        last. All images are one batch.
+        """
+        generator, plan, labels = self._generator(), self.plan(**settings), self.labels(labels)
+        if every < 1:
+            raise UserError(f"every must be 1 or more, got {every}")
+        size = even_batch(len(labels), self.mesh)
+        rows = np.minimum(np.arange(size), len(labels) - 1)
+        placed, keys = jax.device_put(
+            (labels[rows], samplers.image_keys(seed, rows)), batch_sharding(self.mesh)
+        )
+        one, other = ((model.module, model.params) for model in (generator, self.tokenizer))
+        for images, drawn in image_steps(one, other, placed, keys, plan, every):
+            yield images[: len(labels)], drawn[: len(labels)]
+
+    def edit(
+        self,
+        image: Pictures = None,
+        kind: str = "inpaint",
+        *,
+        mask: Any = None,
+        box: Sequence[int] | None = None,
+        label: str | int | None = None,
+        labels: Labels | None = None,
+        seed: int = 0,
+        to: Out = "uint8",
+        sampler: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> Any:
+        """Returns variants of one picture, [v, S, S, 3] or a list of PIL images; BiGR only.
+
+        Args:
+          image: the picture, of any size; none for interpolate.
+          kind: inpaint, outpaint, edit, interpolate or enrich, as mode `edit`.
+          mask: where to draw (to keep, for outpaint): bool in the picture's size [H, W] or the
+            grid's [h, w], PIL image or file.
+          box: instead of a mask, (x0, y0, x1, y1) in the picture's pixels.
+          label: class of what is drawn.
+          labels: two classes to interpolate.
+          seed: of the variants.
+          to: "uint8", "float" in [-1, 1], or "pil".
+          sampler: settings of the sampler that `config.edit` does not have.
+          **settings: of `config.edit`, such as variants, guidance, iterations, steps and rounds.
+        """
+        drawn = self.drawn(
+            image,
+            kind,
+            mask=mask,
+            box=box,
+            label=label,
+            labels=labels,
+            seed=seed,
+            sampler=sampler,
+            **settings,
+        )
+        return give(drawn.images, to)
+
+    def drawn(self, image: Pictures, kind: str, **settings: Any) -> edit_mode.Drawn:
+        """Returns what `edit` does with all that is known of it: see `bitgen.edit.Drawn`."""
+        generator, settings = self._generator(), dict(settings)
+        mask, box, sampler = (settings.pop(name, None) for name in ("mask", "box", "sampler"))
+        choose("kind of edit", kind, edit_mode.KINDS)
+        c = config.base()
+        c.seed = settings.pop("seed", 0)
+        c.sampler.update(dataclasses.asdict(self.plan(**(sampler or {}))))
+        c.edit.kind = kind
+        c.edit.image = "" if image is None else "picture"
+        c.edit.mask = "" if mask is None else "mask"
+        c.edit.box = "" if box is None else ",".join(map(str, box))
+        for name, value in settings.items():
+            choose("setting of edit", name, c.edit)
+            if value is None:
+                continue
+            try:
+                c.edit[name] = _text(value) if name in ("label", "labels") else value
+            except TypeError:
+                kind = type(c.edit[name]).__name__
+                raise UserError(f"{name} takes a value of type {kind}, got {value!r}") from None
+        try:
+            edit_mode.check_settings(c.edit, edit_mode.KINDS[kind])
+            source, tokens = _source(c.edit, image, mask, self.grid)
+            return edit_mode.perform(c, source, generator, self.tokenizer, self.mesh, tokens)
+        except UserError as e:
+            raise UserError(str(e).replace("config.edit.", "")) from None
+
+    def labels(self, labels: Labels) -> np.ndarray:
+        """Returns labels [b] as numbers; raises UserError for one that the generator lacks."""
+        generator = self._generator()
+        return parse_labels(
+            _text(labels), generator.module.num_classes, class_names_of(generator.info)
+        )
+
+    def read(self, images: Pictures) -> np.ndarray:
+        """Returns pictures as the model sees them, float32 [b, S, S, 3] in [-1, 1]."""
+        size, channels = self.image_size, self.tokenizer.module.channels
+        parts = [
+            part if part.dtype == np.float32 else np.asarray(from_uint8(jnp.asarray(part)))
+            for part in (read_image(one, size) for one in several(images))
+        ]
+        if not parts:
+            raise UserError("there is no picture to read")
+        if parts[0].shape[-1] != channels:
+            raise UserError(f"the tokenizer takes {channels} channels, pictures have 3")
+        return np.stack(parts)
+
+    def _generator(self) -> Model:
+        if self.generator is None:
+            raise UserError(
+                f"{self.tokenizer.path} is a tokenizer alone: load a generator to draw images"
+            )
+        return self.generator
+
+    def _batched(self, run: Any, inputs: Any, batch_size: int, params: Any = None) -> Any:
+        """Runs a program over batches of one size; the last is filled up."""
+        total = len(jax.tree.leaves(inputs)[0])
+        if batch_size < 1 or total < 1:
+            raise UserError(f"need a batch and an input at least, got {batch_size} and {total}")
+        size, sharding = even_batch(min(batch_size, total), self.mesh), batch_sharding(self.mesh)
+        params, done = params or self.tokenizer.params, []
+        for start in range(0, total, size):
+            rows = np.minimum(np.arange(start, start + size), total - 1)
+            batch = jax.device_put(jax.tree.map(lambda x, r=rows: x[r], inputs), sharding)
+            done.append(jax.device_get(run(params, batch)))
+        return jax.tree.map(lambda *parts: np.concatenate(parts)[:total], *done)
+
+
+def _source(
+    settings: Any, image: Pictures, mask: Any, grid: tuple[int, int]
+) -> tuple[edit_mode.Source, Any]:
+    """-> the picture and the area on it, and the tokens to draw if the mask is of the grid."""
+    picture = None if image is None else as_picture(image)
+    if picture is None or not (settings.mask or settings.box):
+        return edit_mode.Source(picture), None
+    if settings.box:
+        return edit_mode.Source(picture, pictures.box_area(settings.box, picture)), None
+    area = read_mask(mask, picture, grid)
+    if area.shape == (picture.height, picture.width):
+        return edit_mode.Source(picture, area), None
+    return edit_mode.Source(picture), ~area if settings.kind == "outpaint" else area
+
+
+def _text(labels: Labels) -> str:
+    return labels if isinstance(labels, str) else ",".join(map(str, np.atleast_1d(labels)))
+
+
+def _name(path: str | Path) -> str:
+    """-> zoo:NAME for the name of a released model, unless there is a directory of that name."""
+    from bitgen.zoo_entries import ZOO
+
+    return f"zoo:{path}" if str(path) in ZOO and not Path(path).exists() else str(path)

@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# Submits a bitgen run to Slurm: any number of nodes, a process for each GPU.
+#
+#   launch/slurm.sh [OPTIONS] -- --config=FILE --workdir=DIR [--mode=MODE] [--config.KEY=VALUE ...]
+#
+# Near the end of its time the job saves and queues itself again; preempted or after the failure of a
+# node, it is queued again; it goes on from the last checkpoint each time. So does the same
+# command. This checkout, the environment and the workdir are on storage that all nodes see.
+#
+#   --nodes=N           (1)
+#   --gpus=N            of each node (8)
+#   --cpus=N            cores for each GPU (8)
+#   --time=LIMIT        of one turn (24:00:00)
+#   --grace=SECONDS     before the end of it, to save (300)
+#   --name=JOB          (bitgen)
+#   --partition=NAME    (the cluster's default)
+#   --logs=DIR          (runs/slurm)
+#   --sbatch=OPTION     any other option of sbatch; may be repeated
+#   --cuda=JAX_EXTRA    what JAX is installed with (cuda13)
+#   --venv=DIR          virtual environment, made if JAX's GPU package is not in it (.venv)
+#   --dry-run           print every command and run none
+#   --help              this text
+#
+# Options but --sbatch are also read from BITGEN_NODES, BITGEN_GPUS and so on.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/common.sh
+
+nodes="${BITGEN_NODES:-1}"
+gpus="${BITGEN_GPUS:-8}"
+cpus="${BITGEN_CPUS:-8}"
+time="${BITGEN_TIME:-24:00:00}"
+grace="${BITGEN_GRACE:-300}"
+name="${BITGEN_NAME:-bitgen}"
+partition="${BITGEN_PARTITION:-}"
+logs="${BITGEN_LOGS:-runs/slurm}"
+cuda="${BITGEN_CUDA:-cuda13}"
+more=()
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --nodes=*) nodes="${1#*=}" ;;
+    --gpus=*) gpus="${1#*=}" ;;
+    --cpus=*) cpus="${1#*=}" ;;
+    --time=*) time="${1#*=}" ;;
+    --grace=*) grace="${1#*=}" ;;
+    --name=*) name="${1#*=}" ;;
+    --partition=*) partition="${1#*=}" ;;
+    --logs=*) logs="${1#*=}" ;;
+    --sbatch=*) more+=("${1#*=}") ;;
+    --cuda=*) cuda="${1#*=}" ;;
+    --)
+      shift
+      break
+      ;;
+    *) shared_option "$1" ;;
+  esac
+  shift
+done
+count nodes "$nodes"
+count gpus "$gpus"
+count cpus "$cpus"
+count grace "$grace"
+check_run "$@"
+need sbatch "run this on a login node of a Slurm cluster; launch/gpu.sh is for machines without Slurm"
+note "nodes=$nodes gpus=$gpus cpus=$cpus time=$time grace=$grace name=$name partition=${partition:-default} logs=$logs cuda=$cuda venv=$venv"
+
+environment 'jax_cuda*_plugin' convert "jax[$cuda]"
+run mkdir -p "$logs"
+[ -z "$partition" ] || more+=(--partition="$partition")
+run env BITGEN_VENV="$venv" JAX_PLATFORMS=cuda,cpu sbatch --job-name="$name" --nodes="$nodes" --ntasks-per-node="$gpus" \
+  --gpus-per-node="$gpus" --cpus-per-task="$cpus" --time="$time" --requeue --open-mode=append \
+  --signal="B:USR1@$grace" --chdir="$PWD" --output="$logs/%x-%j.log" \
+  ${more[@]+"${more[@]}"} launch/slurm_job.sh "$@"

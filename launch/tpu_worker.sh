@@ -1,0 +1,124 @@
+#!/usr/bin/env bash
+# What launch/tpu.sh runs on every worker of a TPU, in the checkout that it copied there.
+#
+#   launch/tpu_worker.sh install [SOURCE DIR]   the environment; mounts gs://BUCKET or HOST:/EXPORT
+#   launch/tpu_worker.sh start BITGEN_ARGUMENTS...   in the background, unless it runs already
+#   launch/tpu_worker.sh state | log | stop
+#
+# The run outlives the connection. It holds a lock, so that after a reboot nobody thinks it runs.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/common.sh
+
+records="${BITGEN_RECORDS:-$HOME/bitgen-run}" # log, lock and state
+mkdir -p "$records"
+
+running() { ! flock --shared --nonblock "$records/lock" true; }
+
+# running | ended STATUS | stopped (by the machine) | halted (by the user) | gone (by a reboot) | none
+state() {
+  if running; then
+    echo running
+  elif [ -s "$records/state" ]; then
+    cat "$records/state"
+  elif [ -e "$records/pid" ]; then
+    echo gone
+  else
+    echo none
+  fi
+}
+
+attach() { # SOURCE DIR
+  if mountpoint --quiet "$2"; then return; fi
+  sudo mkdir -p "$2"
+  case "$1" in
+    gs://*)
+      if ! command -v gcsfuse > /dev/null; then
+        local key=/usr/share/keyrings/cloud.google.asc
+        curl -fsS https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee "$key" > /dev/null
+        echo "deb [signed-by=$key] https://packages.cloud.google.com/apt gcsfuse-$(lsb_release -cs) main" \
+          | sudo tee /etc/apt/sources.list.d/gcsfuse.list > /dev/null
+        sudo apt-get -qq update
+        sudo apt-get -qq install -y gcsfuse
+      fi
+      sudo chown "$USER" "$2"
+      gcsfuse --implicit-dirs --rename-dir-limit=1000000 "${1#gs://}" "$2"
+      ;;
+    *:/*)
+      command -v mount.nfs > /dev/null || {
+        sudo apt-get -qq update
+        sudo apt-get -qq install -y nfs-common
+      }
+      sudo mount -t nfs "$1" "$2"
+      ;;
+    *) fail "cannot mount $1: gs://BUCKET or HOST:/EXPORT" ;;
+  esac
+}
+
+install() { # [SOURCE DIR]
+  if [ $# -eq 2 ]; then attach "$1" "$2"; fi
+  if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' && [ ! -e "$venv" ]; then
+    # Images of TPUs have had Python 3.10.
+    run "$python" -m pip install --user --quiet uv
+    run "$python" -m uv venv --quiet --seed --python=3.12 "$venv"
+  fi
+  [ ! -e "$venv" ] || python="$venv/bin/python"
+  environment libtpu convert 'jax[tpu]'
+}
+
+start() { # BITGEN_ARGUMENTS
+  if running; then
+    note "a run is going on here already"
+    return
+  fi
+  rm -f "$records/state" "$records/halt"
+  echo starting > "$records/pid"
+  setsid nohup bash launch/tpu_worker.sh supervise "$@" >> "$records/log" 2>&1 < /dev/null &
+  for _ in 1 2 3 4 5 6 7 8 9 10; do
+    if running || [ -s "$records/state" ]; then return; fi
+    sleep 1
+  done
+  fail "the run did not start; see $records/log"
+}
+
+# Runs bitgen under the lock, passes a signal on, and notes how it ended.
+supervise() {
+  local status=0 told="" child
+  exec 9> "$records/lock"
+  flock --timeout 5 9 || fail "a run is going on here already"
+  echo "$$" > "$records/pid"
+  trap 'told=1; kill -TERM "$child"' TERM INT HUP
+  export JAX_PLATFORMS=tpu,cpu # an error where JAX would use the CPU alone
+  echo "+ $(quoted "$venv/bin/python" -m bitgen.main "$@")"
+  "$venv/bin/python" -m bitgen.main "$@" &
+  child=$!
+  await "$child" || status=$?
+  if [ -e "$records/halt" ]; then
+    echo halted > "$records/state"
+  elif [ -n "$told" ]; then
+    echo stopped > "$records/state"
+  else
+    echo "ended $status" > "$records/state"
+  fi
+}
+
+halt() {
+  running || return 0
+  touch "$records/halt"
+  kill -TERM "$(cat "$records/pid")"
+  note "told the run to save and stop"
+  # Until it has let go of the lock.
+  flock --timeout 600 "$records/lock" true || fail "it has not stopped in ten minutes"
+}
+
+action="${1:-}"
+[ $# -eq 0 ] || shift
+case "$action" in
+  install) install "$@" ;;
+  start) start "$@" ;;
+  supervise) supervise "$@" ;;
+  state) echo "bitgen-run: $(state)" ;;
+  log) tail -n "${1:-40}" "$records/log" | sed "s/^/$(hostname): /" ;;
+  stop) halt ;;
+  *) fail "unknown action '$action'" ;;
+esac
