@@ -30,7 +30,7 @@ from bitgen.measure import (
     row,
     time_calls,
 )
-from bitgen.mesh import batch_sharding, even_batch, make_mesh, replicated, to_device
+from bitgen.mesh import batch_sharding, check_batch, even_batch, make_mesh, replicated, to_device
 from bitgen.pixels import from_uint8, to_uint8
 from bitgen.samplers.images import image_keys, image_sampler, make_plan
 from bitgen.sharding import RULES, tree_shardings
@@ -150,6 +150,7 @@ def traced_step(config: Any, mesh: Any) -> tuple[Any, tuple[Any, Any, Any]]:
 
     The step is the last of the training, where a discriminator takes part.
     """
+    check_batch(config.train.batch_size, config.train.accumulate, mesh)
     task = memory.shapes_task(config)
     shapes = jax.eval_shape(task.init, jax.random.key(0))
     rules = RULES[config.model.family]

@@ -47,6 +47,7 @@ def start(env: Mapping[str, str] = os.environ) -> None:
         return
     patience = _number(env, "COORDINATOR_TIMEOUT") if "COORDINATOR_TIMEOUT" in env else _PATIENCE
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", False)  # `bitgen.stop` does it
     address, index = found.get("coordinator_address"), found.get("process_id")
     if address is not None and index:  # JAX would end the process with a C++ stack
         _wait_for(address, patience)

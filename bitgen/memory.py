@@ -15,7 +15,7 @@ import jax
 
 from bitgen import build, liveness
 from bitgen.devices import GIB
-from bitgen.mesh import abstract_mesh, batch_sharding, shards_of_batch
+from bitgen.mesh import abstract_mesh, batch_sharding, check_batch, shards_of_batch
 from bitgen.sharding import RULES, bytes_per_device, is_stacked, path_name, tree_shardings
 from bitgen.tasks.generator import GeneratorTask
 from bitgen.tasks.tokenizer import TokenizerTask
@@ -103,6 +103,7 @@ def _gathered(task: Any, params: Any, mesh: Any) -> int:
 def estimate(config: Any, count: int) -> Parts:
     """Returns the parts of training a config on `count` devices that need not be there."""
     task, mesh = shapes_task(config), abstract_mesh(count, **config.mesh)
+    check_batch(config.train.batch_size, config.train.accumulate, mesh)
     return {**resident(task, mesh), "step": working(task, mesh)}
 
 

@@ -59,6 +59,19 @@ def shards_of_batch(mesh: Mesh | AbstractMesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def check_batch(size: int, parts: int, mesh: Mesh | AbstractMesh) -> None:
+    """Raises UserError unless a training batch splits over the mesh, in equal parts on each."""
+    shards = shards_of_batch(mesh)
+    if parts < 1:
+        raise UserError(f"config.train.accumulate is a number of parts, 1 or more, got {parts}")
+    if size % (shards * parts):
+        each = f" in {parts} parts each (config.train.accumulate)" if parts > 1 else ""
+        raise UserError(
+            f"config.train.batch_size={size} does not split over {shards} devices{each}; "
+            f"choose a multiple of {shards * parts}"
+        )
+
+
 def even_batch(size: int, mesh: Mesh) -> int:
     """Returns the batch size, rounded up to one that splits over the mesh."""
     shards = shards_of_batch(mesh)

@@ -80,12 +80,17 @@ def born_sharded(init: Any, key: jax.Array, rules: Rules, mesh: Mesh) -> tuple[A
 def step_program(task: Any, shardings: Any, mesh: Mesh, key: jax.Array) -> Any:
     """Returns the jitted f(state, frozen, batch, stage) -> (state, metrics) of a task.
 
-    The state is donated; `stage` is static. Step i has the key folded with i.
+    The state is donated; `stage` is static. Step i has the key folded with i. If the batch has
+    flags `stop`, the metrics say whether any is set.
     """
 
     def train_step(state: TrainState, frozen: PyTree, batch: PyTree, stage: bool):
+        flags = {"stop": jnp.any(batch["stop"])} if "stop" in batch else {}
+        batch = {name: rows for name, rows in batch.items() if name != "stop"}
         with batch_on(mesh):
-            return task.step(state, frozen, batch, jax.random.fold_in(key, state.step), stage)
+            key_now = jax.random.fold_in(key, state.step)
+            state, metrics = task.step(state, frozen, batch, key_now, stage)
+        return state, {**metrics, **flags}
 
     return jax.jit(
         train_step,

@@ -4,15 +4,12 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import os
-import signal
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from bitgen import data, memory, model_directory
 from bitgen.checkpoint import Checkpoints
@@ -24,9 +21,10 @@ from bitgen.evaluation.validation import Validation
 from bitgen.flops import count_flops
 from bitgen.logging import Progress, RunLog, merged, say
 from bitgen.measure import compiled_bytes
-from bitgen.mesh import make_mesh, shards_of_batch, to_device
+from bitgen.mesh import check_batch, make_mesh, to_device
 from bitgen.sharding import RULES, tree_shardings
 from bitgen.state import TrainState, born_sharded, step_program
+from bitgen.stop import StopSignal
 from bitgen.tasks.generator import GeneratorTask
 from bitgen.tasks.tokenizer import TokenizerTask
 from bitgen.watchdog import Watchdog, guard
@@ -103,7 +101,7 @@ def _run(config: Any, workdir: Path, watch: Watchdog, stack: contextlib.ExitStac
 
     log = RunLog(workdir)
     stack.callback(log.close)
-    stop = _StopSignal()
+    stop = StopSignal()
     record = Record(
         task, info, workdir, feed, checkpoints, log, watch, saved=step, fid=fid, validate=validate
     )
@@ -111,7 +109,7 @@ def _run(config: Any, workdir: Path, watch: Watchdog, stack: contextlib.ExitStac
     while not leaving:
         waiting = time.monotonic()
         watch.doing(f"waiting for the data of step {step + 1}")
-        batch = feed.next()
+        batch = stop.mark(feed.next(), mesh)
         waited = time.monotonic() - waiting
         stage = task.stage(step)
         if stage not in compiled:
@@ -130,7 +128,7 @@ def _run(config: Any, workdir: Path, watch: Watchdog, stack: contextlib.ExitStac
         state, metrics = compiled[stage](state, frozen, batch)
         step += 1
         progress.waited += waited
-        leaving = stop.after(step) or step == last
+        leaving = stop.after(metrics) or step == last
         record.after(step, state, metrics, progress, leaving)
 
     # ------------------------------------------------------------------ the end
@@ -246,36 +244,6 @@ class Record:
         self.log.scalars(step, {**self.task.summarise(metrics), **speed, **counts})
 
 
-class _StopSignal:
-    """Notes SIGTERM and SIGINT; the loop ends after the step under way.
-
-    Of several processes all end after the same step: JAX, which has its own handler of SIGTERM
-    then, tells the others and finds one that none of them has passed.
-    """
-
-    def __init__(self):
-        self.received, self.several = False, jax.process_count() > 1
-        for number in (signal.SIGINT,) if self.several else (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
-
-    def _note(self, number, frame):
-        del number, frame
-        if self.several:
-            os.kill(os.getpid(), signal.SIGTERM)
-        else:
-            self.received = True
-
-    def before_a_step(self, nothing_new: bool) -> bool:
-        """Returns whether to end without a step, as there is nothing to save."""
-        return self.received and nothing_new and not self.several
-
-    def after(self, step: int) -> bool:
-        """Returns whether to end after a step; to be asked of every one."""
-        if self.several:
-            self.received = multihost_utils.reached_preemption_sync_point(step)
-        return self.received
-
-
 def _finite(metrics: list[dict[str, Any]], step: int, workdir: Path, saved: int) -> dict[str, Any]:
     """-> the mean over steps; UserError that names the first step whose loss is not finite."""
     for i, m in enumerate(metrics):
@@ -293,15 +261,7 @@ def _finite(metrics: list[dict[str, Any]], step: int, workdir: Path, saved: int)
 
 def _check(config: Any, mesh: Any) -> None:
     check_mesh(mesh)
-    shards, parts = shards_of_batch(mesh), config.train.accumulate
-    if parts < 1:
-        raise UserError(f"config.train.accumulate is a number of parts, 1 or more, got {parts}")
-    if config.train.batch_size % (shards * parts):
-        each = f" in {parts} parts each (config.train.accumulate)" if parts > 1 else ""
-        raise UserError(
-            f"config.train.batch_size={config.train.batch_size} does not split over {shards} "
-            f"devices{each}; choose a multiple of {shards * parts}"
-        )
+    check_batch(config.train.batch_size, config.train.accumulate, mesh)
     if config.train.freeze and config.train.task != "tokenizer":
         raise UserError("config.train.freeze is for tokenizers alone; leave it empty")
     if config.train.task == "tokenizer" and config.data.image_size != config.model.image_size:

@@ -7,6 +7,7 @@ What is found ends a process with one line and status 75, whatever its main thre
 
 import contextlib
 import dataclasses
+import faulthandler
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ T = TypeVar("T")
 BEAT = 2.0  # seconds between signs of life
 SILENT = lock.SILENT  # seconds without one after which a process counts as gone
 PATIENCE = 10  # times the usual, for what takes long by nature
+_LAST_RESORT = 3 * SILENT  # seconds after which C ends a process whose Python is held still
 _SIZE = 1024  # bytes of a file of heartbeats: written in place, so that a full disk does not matter
 _RUNNING = -1
 _UNKNOWN = lock.Process("an unknown host", "", 0, "")
@@ -126,6 +128,7 @@ class Watchdog:
     def end(self, status: int, why: str = "") -> None:
         """Tells the others that this process ends, and stops watching."""
         self.stopped.set()
+        faulthandler.cancel_dump_traceback_later()
         if self.thread.is_alive():
             self.thread.join(5 * BEAT)  # not for ever: storage may hang
         self.own.status, self.own.why = status, why[: _SIZE // 2]
@@ -141,6 +144,8 @@ class Watchdog:
             last = time.monotonic()
             self.own.beats += 1
             self._write()
+            if self.count > 1:  # for a main thread that waits without letting this one run
+                faulthandler.dump_traceback_later(_LAST_RESORT, exit=True)
             if self.held and not self.held.touch():
                 self._leave(f"another run has taken {self.held.path.parent} over", 2)
             if found := self.look():

@@ -1,30 +1,78 @@
-"""Every shipped config, at every size: it loads, and its model has shapes at full size."""
+"""Every shipped config, at every size: a step when shrunk, and shapes at full size."""
 
 import runpy
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+import small
 from ml_collections import ConfigDict
 
-from bitgen import build, zoo
+from bitgen import build, memory, model_directory, zoo
+from bitgen.benchmark import traced_sampler, traced_step
+from bitgen.measure import random_values
+from bitgen.mesh import make_mesh
+from bitgen.samplers.images import image_keys, image_sampler, make_plan
 
 FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
+SHRUNK = {
+    "bigr": {name: value for name, value in small.GENERATOR.items() if name != "bits"},
+    "bitdance": {
+        **{name: small.BITDANCE[name] for name in ("width", "layers", "heads", "num_classes")},
+        **{name: small.BITDANCE[name] for name in ("class_tokens", "head_width", "mlp_multiple")},
+        "grid": (8, 8),
+    },
+    "binary_ae": {
+        "width": 32,
+        "multipliers": (1, 1),
+        "blocks": 1,
+        "embed_dim": 32,
+        "image_size": 16,
+        "attention_resolutions": (),
+    },
+    "bitvae": {"width": 32, "multipliers": (1, 2), "blocks": 1, "image_size": 32},
+    "gfq_ae": {"width": 32, "multipliers": (1, 2), "blocks": 1, "image_size": 16},
+    "conv_ae": {"widths": (8, 8), "code": 8},
+}
 
 
-def cases():
+def shrink(kind, family, fields):
+    """Returns the fields with all that makes a model large made small."""
+    fields = {**fields, **SHRUNK.get(family, {})}
+    if family == "dcae":
+        for side in ("encoder", "decoder"):
+            count = len(fields[f"{side}_widths"])
+            fields[f"{side}_widths"] = (32,) * count
+            fields[f"{side}_depths"] = tuple(min(d, 1) for d in fields[f"{side}_depths"])
+        fields["image_size"] = 2 ** max(5, count - 1)
+        fields["latent_channels"] = 32
+    if family == "bitdance":  # layers of the head go with its modulations
+        fields["head_layers"] = fields["head_modulations"]
+    return {name: value for name, value in fields.items() if name in build.fields_of(kind, family)}
+
+
+def cases(slow_after=99):
+    """Yields every config and size; those of a file after the first so many are slow tests."""
     for path in FILES:
         module = runpy.run_path(str(path))
         sizes = module.get("SIZES") or module.get("TOKENIZERS") or {}
         if path.stem == "binary_ae_finetune":
             sizes = ("c64", "c128")
-        for size in sizes or [None]:
-            yield pytest.param(module["get_config"], size, id=f"{path.stem}:{size}")
+        for i, size in enumerate(sizes or [None]):
+            marks = [pytest.mark.slow] if i >= slow_after else []
+            name = f"{path.stem}:{size}" if size else path.stem
+            yield pytest.param(module["get_config"], size, id=name, marks=marks)
+
+
+def load(get_config, size):
+    return get_config(size) if size else get_config()
 
 
 @pytest.mark.parametrize(("get_config", "size"), list(cases()))
 def test_config(get_config, size):
-    c = get_config(size) if size else get_config()
+    c = load(get_config, size)
     assert isinstance(c, ConfigDict)
     if "model" in c:
         kind = c.train.task
@@ -39,6 +87,90 @@ def test_config(get_config, size):
     for field in ("tokenizer", "generator", "init_from"):
         if c[field].startswith("zoo:"):
             zoo.get(c[field].removeprefix("zoo:"))
+
+
+@pytest.mark.parametrize(("get_config", "size"), list(cases(slow_after=1)))
+def test_full_size_by_shape(get_config, size):
+    """The whole training step, its discriminator too; or sampling, if nothing is trained."""
+    c = load(get_config, size)
+    if not c.train.task:
+        generator, traced, _ = traced_sampler(c, make_mesh(devices=jax.devices()[:1]), 1)
+        (images,) = traced.jaxpr.out_avals
+        assert images.shape[0] == 1
+        assert images.shape[1] == images.shape[2] == 16 * generator.grid[0]
+        return
+    task = memory.shapes_task(c)
+    before = jax.eval_shape(task.init, jax.random.key(0))
+    after, metrics = jax.eval_shape(
+        lambda *args: task.step(*args, task.stage(c.train.steps)),
+        before,
+        task.frozen_shapes(),
+        task.batch_shapes(),
+        jax.random.key(0),
+    )
+    assert jax.tree.structure(after) == jax.tree.structure(before)
+    jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) or 1 / 0, after, before)
+    assert metrics["loss"].shape == ()
+    assert ("discriminator" in metrics) == (c.train.task == "tokenizer" and c.loss.gan_weight > 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("get_config", "size"), list(cases()))
+def test_a_step_when_shrunk(get_config, size):
+    c = load(get_config, size)
+    if not c.train.task:
+        assert_samples(c)
+        return
+    family, kind = c.model.family, c.train.task
+    run_fields = {"dtype": c.model.dtype, "remat": c.model.get("remat", False)}
+    fields = {name: value for name, value in c.model.to_dict().items() if name != "family"}
+    small_fields = {**shrink(kind, family, fields), "dtype": run_fields["dtype"]}
+    c.model = build.model_config(kind, family, **small_fields)
+    c.train.batch_size = 8 * c.train.accumulate
+    if kind == "tokenizer":
+        c.data.image_size = c.model.image_size
+        c.loss.discriminator_width, c.loss.discriminator_layers = 8, 1
+    else:
+        c.data.source = "bits"
+    traced, (state, frozen, batch) = traced_step(c, make_mesh(**c.mesh))
+    where = jax.tree.map(lambda s: s.sharding, (state, frozen))
+    state, frozen = random_values((state, frozen), where)
+    state = state.replace(opt=jax.tree.map(jnp.zeros_like, state.opt))
+    started = jax.device_get(state.params)
+    images = {name: np.full(s.shape, 7, s.dtype) for name, s in batch.items()}
+    images = jax.device_put(images, jax.tree.map(lambda s: s.sharding, batch))
+    state, metrics = traced.lower().compile()(state, frozen, images)
+    assert np.isfinite(metrics["loss"])
+    assert int(state.step) == 1
+    assert any(
+        np.any(a != b)
+        for a, b in zip(jax.tree.leaves(started), jax.tree.leaves(state.params), strict=True)
+    )
+
+
+def assert_samples(c):
+    """Two tiny models of the config's families draw images at its settings, in fewer steps."""
+    modules = []
+    for kind in ("generator", "tokenizer"):
+        entry = zoo.get(c[kind])
+        fields = shrink(kind, entry.family, zoo.settings(entry))
+        modules.append(build.make_module(kind, entry.family, fields))
+    generator, tokenizer = modules
+    tokenizer = tokenizer.clone(image_size=2 * generator.grid[0])
+    model_directory.check_fit(
+        *(model_directory.Model(module, {}, {}, "small") for module in (generator, tokenizer))
+    )
+    steps = "denoiser_steps" if "denoiser_steps" in c.sampler else "head_steps"
+    c.sampler[steps] = 2
+    mesh = make_mesh(**c.mesh)
+    sampler = image_sampler(
+        generator, tokenizer, make_plan(generator, c.sampler), mesh, c.sample.decode_batch
+    )
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    params = [random_values(build.param_shapes(module), everywhere) for module in modules]
+    images = sampler(*params, np.arange(8), image_keys(0, np.arange(8)))
+    assert images.shape == (8, tokenizer.image_size, tokenizer.image_size, 3)
+    assert np.asarray(images).std() > 0
 
 
 def test_every_config_says_its_command():

@@ -152,13 +152,19 @@ def digit(path):
     return np.asarray(picture)
 
 
+def shown(driver):
+    """Waits for the uploaded picture; returns the canvas that it is on."""
+    (canvas,) = until(lambda: find(driver, "#editor canvas"))
+    driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", canvas)
+    until(lambda: blue(canvas).any())
+    return canvas
+
+
 def stroke(driver, path):
     """Paints on the picture; returns where in it, from what is seen."""
     from selenium.webdriver.common.action_chains import ActionChains
 
-    (canvas,) = until(lambda: find(driver, "#editor canvas"))
-    driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", canvas)
-    until(lambda: blue(canvas).any())
+    canvas = shown(driver)
     hand = ActionChains(driver).move_to_element_with_offset(canvas, -60, -60).click_and_hold()
     for _ in range(5):
         hand = hand.move_by_offset(10, 6)
@@ -188,8 +194,7 @@ def orange(canvas):
 def test_inpainting_changes_what_is_painted_only(browser, tmp_path):
     picture = digit(tmp_path / "digit.png")
     upload(browser, tmp_path / "digit.png")
-    until(lambda: find(browser, "#editor canvas"))
-    time.sleep(2)  # its texture
+    shown(browser)
     click(browser, "#redraw")
     message(browser, "no mask is drawn")
     mask = stroke(browser, tmp_path / "painted.png")
@@ -226,13 +231,12 @@ def test_bad_uploads_are_refused_and_the_page_goes_on(browser, tmp_path):
     message(browser, "large.png is larger than 0.2 MB")
     (tmp_path / "huge.bin").write_bytes(bytes(2_000_000))
     upload(browser, tmp_path / "huge.bin")
-    message(browser, "0.3 MB")
+    message(browser, "exceed the maximum allowed size")
     click(browser, "#redraw")
     message(browser, "choose a picture first")
     digit(tmp_path / "digit.png")
     upload(browser, tmp_path / "digit.png")
-    (canvas,) = until(lambda: find(browser, "#editor canvas"))
-    until(lambda: blue(canvas).any())
+    shown(browser)
 
 
 def test_images_are_shown_while_they_are_drawn(browser):
@@ -243,7 +247,7 @@ def test_images_are_shown_while_they_are_drawn(browser):
     """
     browser.execute_script(script)
     click(browser, "#generate")
-    until(lambda: "16 of 16 tokens drawn" in browser.execute_script("return window.seen").__str__())
+    until(lambda: "16 of 16" in "".join(browser.execute_script("return window.seen")))
     seen = {text for text in browser.execute_script("return window.seen") if "of 16" in text}
     assert len(seen) > 2
     (sheet,) = images(browser, "#images")
@@ -263,7 +267,7 @@ def test_the_other_tabs_show_what_they_promise(browser, tmp_path):
     until(lambda: (images(browser, "#between")[0] != first).any())
     digit(tmp_path / "digit.png")
     upload(browser, tmp_path / "digit.png")
-    until(lambda: find(browser, "#editor canvas"))
+    shown(browser)
     tab(browser, "Compare tokenizers")
     click(browser, "#compare")
     until(lambda: find(browser, "#table table"))

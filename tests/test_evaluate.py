@@ -153,7 +153,7 @@ def sampler_of_noise(generator, tokenizer, plan, mesh, decode_batch=0):
 
     def run(generator_params, tokenizer_params, labels, keys):
         seeds = np.asarray(jax.random.key_data(keys))
-        return np.stack(
+        return jnp.asarray(np.stack(
             [
                 np.random.default_rng([*seed, label]).integers(
                     0, round(60 * plan.guidance), (16, 16, 3), np.uint8

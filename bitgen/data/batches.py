@@ -9,6 +9,7 @@ import atexit
 import functools
 import gc
 import logging
+import re
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -103,6 +104,7 @@ class Batches(grain.DatasetIterator):
         self._start = self._next = start
         self._iterator: grain.DatasetIterator | None = None
         self._seen, self._broken = 0, 0
+        self._died_at = -1
         self._named: dict[str, str] = {}
         # Worker processes are ended before the interpreter takes their queues apart.
         self._at_exit = functools.partial(_close, weakref.ref(self))
@@ -112,12 +114,32 @@ class Batches(grain.DatasetIterator):
         if not self._load.training and self._next >= self.num_examples:
             self._seek(self._next)
             raise StopIteration
-        batch = next(self._pipeline(), None)
+        batch = self._made()
         if batch is None:  # the last batch ended before the rows of this process
             batch = collate([], self._load.empty())
         self._next += self._batch_size
         self._count(batch.pop("rows"), batch.pop("broken"))
         return batch
+
+    def _made(self) -> dict[str, Any] | None:
+        """The next batch of the pipeline, which is begun again if one of its workers dies."""
+        while True:
+            try:
+                return next(self._pipeline(), None)
+            except RuntimeError as error:
+                if "terminated unexpectedly" not in str(error):
+                    raise
+                found = re.search(r"exit code (-?\d+)", str(error))
+                code = found[1] if found else "unknown"
+                why = "killed, as for lack of memory" if code == "-9" else f"exit code {code}"
+                if self._died_at == self._next:
+                    raise UserError(
+                        f"a data worker process died twice at example {self._next} ({why}); lower "
+                        "config.data.workers or prefetch, or set workers=0 to see its own error"
+                    ) from None
+                self._died_at = self._next
+                logging.warning("a data worker process died (%s): started again", why)
+                self._seek(self._next)
 
     def _pipeline(self) -> grain.DatasetIterator:
         """The running grain pipeline, begun at the next example if there is none."""

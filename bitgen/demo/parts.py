@@ -101,27 +101,30 @@ def on(
 
 
 def clear(gr: Any, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the function with its errors as gradio's: a user's in words, others in short."""
+    """Returns the function with a UserError as a message on the page, which stays as it is.
 
-    def shown(e: Exception) -> Exception:
+    Any other error is gradio's, in few words, and the terminal has the rest.
+    """
+
+    def tell(e: Exception) -> Any:
         if isinstance(e, UserError):
-            return gr.Error(str(e), title="This does not work", print_exception=False)
+            gr.Warning(str(e), title="This does not work", duration=15)
+            return gr.skip()
         say(f"the page failed: {type(e).__name__}: {e}")
-        text = "something failed here: the terminal of the page says what"
-        return gr.Error(text, title="Error", print_exception=True)
+        raise gr.Error("something failed here: the terminal of the page says what") from e
 
     @functools.wraps(function)
     def stream(*args):
         try:
             yield from function(*args)
         except Exception as e:
-            raise shown(e) from e
+            yield tell(e)
 
     @functools.wraps(function)
     def run(*args):
         try:
             return function(*args)
         except Exception as e:
-            raise shown(e) from e
+            return tell(e)
 
     return stream if inspect.isgeneratorfunction(function) else run
