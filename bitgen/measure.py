@@ -155,7 +155,7 @@ def row(
         "mfu": f"{(model_flops or program.flops) / timing.median / peaks.flops:.1%}",
         "of_roofline": f"{program.bound(peaks) / timing.median:.1%}",
         "limit": "matrices" if _matrices(program, peaks) else "memory",
-        "gib_a_device": round(program.memory / GIB, 3),
+        "gib_a_device": program.memory / GIB,
     }
 
 

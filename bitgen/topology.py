@@ -79,7 +79,7 @@ def _row(what: str, mesh: Any, seconds: float, fits: str, size: float, said: str
         "on": f"{mesh.size} x {device}",
         "compile_s": round(seconds, 1),
         "compiles": fits,
-        "gib_a_device": round(size, 3),
+        "gib_a_device": size,
         "collectives": said or "none",
     }
 

@@ -23,7 +23,7 @@ from bitgen import train
 ROOT = Path(__file__).parent.parent
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 DRIVER = shutil.which("chromedriver")
-PATIENCE = 240  # seconds: programs are compiled on machines that have much to do
+PATIENCE = 120  # seconds: programs are compiled on machines that have much to do
 GROUND = (30, 60, 220)  # of the uploaded digit, to tell it from the page
 
 pytestmark = [
@@ -169,11 +169,10 @@ def stroke(driver, path):
     for _ in range(5):
         hand = hand.move_by_offset(10, 6)
     hand.release().perform()
-    until(lambda: orange(canvas).any())
-    time.sleep(1)  # the last of the stroke
-    seen = blue(canvas) | orange(canvas)
-    rows, columns = np.nonzero(seen)
+    rows, columns = np.nonzero(blue(canvas))
     inside = (slice(rows.min(), rows.max() + 1), slice(columns.min(), columns.max() + 1))
+    until(lambda: orange(canvas)[inside].any())
+    time.sleep(1)  # the last of the stroke
     mask = Image.fromarray(orange(canvas)[inside]).convert("L").resize((384, 384))
     driver.get_screenshot_as_file(str(path))
     return np.asarray(mask.filter(ImageFilter.MaxFilter(9))) > 0  # a brush has a soft edge
@@ -258,7 +257,7 @@ def test_the_other_tabs_show_what_they_promise(browser, tmp_path):
     tab(browser, "From class to class")
     click(browser, "#interpolate")
     first = images(browser, "#between")[0]
-    slider = until(lambda: find(browser, "input[type=range][aria-label*='Share']"))[0]
+    (slider,) = find(browser, "#share input[type=range]")
     browser.execute_script(
         "arguments[0].value = 100; arguments[0].dispatchEvent(new Event('input', {bubbles: true}));"
         "arguments[0].dispatchEvent(new Event('change', {bubbles: true}))",

@@ -5,6 +5,7 @@ import json
 import zlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
@@ -153,13 +154,15 @@ def sampler_of_noise(generator, tokenizer, plan, mesh, decode_batch=0):
 
     def run(generator_params, tokenizer_params, labels, keys):
         seeds = np.asarray(jax.random.key_data(keys))
-        return jnp.asarray(np.stack(
-            [
-                np.random.default_rng([*seed, label]).integers(
-                    0, round(60 * plan.guidance), (16, 16, 3), np.uint8
-                )
-                for seed, label in zip(seeds, labels, strict=True)
-            ]
+        return jnp.asarray(
+            np.stack(
+                [
+                    np.random.default_rng([*seed, label]).integers(
+                        0, round(60 * plan.guidance), (16, 16, 3), np.uint8
+                    )
+                    for seed, label in zip(seeds, labels, strict=True)
+                ]
+            )
         )
 
     return run

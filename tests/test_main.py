@@ -47,7 +47,7 @@ def run(*arguments):
         ),
         (["--config=configs/bigr.py", "--config.seed.x=1"], "config.seed is a value"),
         (["--config=configs/bigr.py", "--config.optim.lr=fast"], "could not convert"),
-        (["--config=configs/bigr.py", "--mode=dance"], "unknown mode 'dance', have ['edit', "),
+        (["--config=configs/bigr.py", "--mode=dance"], "unknown mode 'dance', have ['benchmark', "),
         (["--config=configs/bigr.py", "--config.tokenizer=nowhere"], "is not a model directory"),
         (["--config=configs/digits_tokenizer.py", "--config.data.source=disc"], "have ['bits', "),
         ([], "no --config=FILE given"),

@@ -89,7 +89,9 @@ def _interpolate(gr: Any, tools: Tools) -> None:
             guidance = parts.guidance_of(gr, "interpolate")
             button = gr.Button("Draw the way", variant="primary", elem_id="interpolate")
         with gr.Column(scale=2):
-            share = gr.Slider(0, 100, 0, step=1, label="Share of the second class, %")
+            share = gr.Slider(
+                0, 100, 0, step=1, label="Share of the second class, %", elem_id="share"
+            )
             image = parts.image_of(gr, "Image", "between")
             gallery = parts.gallery_of(gr, "All")
     way = gr.State([])

@@ -75,6 +75,7 @@ def gallery_of(gr: Any, label: str, name: str | None = None, columns: int = 4) -
         format="png",
         columns=columns,
         object_fit="contain",
+        height=260,
         interactive=False,
         buttons=["download", "fullscreen"],
         elem_id=name,
