@@ -126,6 +126,7 @@ class Pipeline:
             for function in (encode, decode)
         )
         self._samplers: dict[samplers.Plan, Any] = {}
+        self._prepared: Any = None  # the generator's parameters, for the samplers
 
     @property
     def image_size(self) -> int:
@@ -202,7 +203,9 @@ class Pipeline:
         def run(params, batch):
             return self._samplers[plan](params, self.tokenizer.params, *batch)
 
-        images = self._batched(run, (labels, keys), batch_size, generator.params)
+        if self._prepared is None:
+            self._prepared = samplers.prepare(generator.module, generator.params)
+        images = self._batched(run, (labels, keys), batch_size, self._prepared)
         return give(images, to)
 
     def steps(

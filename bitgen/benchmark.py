@@ -32,7 +32,7 @@ from bitgen.measure import (
 )
 from bitgen.mesh import batch_sharding, check_batch, even_batch, make_mesh, replicated, to_device
 from bitgen.pixels import from_uint8, to_uint8
-from bitgen.samplers.images import image_keys, image_sampler, make_plan
+from bitgen.samplers.images import image_keys, image_sampler, make_plan, prepare
 from bitgen.sharding import RULES, tree_shardings
 from bitgen.state import step_program
 
@@ -264,7 +264,7 @@ def _sample(config: Any) -> dict[str, Any]:
 
 
 def traced_sampler(config: Any, mesh: Any, size: int) -> tuple[Any, Any, tuple[Any, Any]]:
-    """Returns the generator, the traced program from labels to images, and both models' shapes."""
+    """Returns the generator, the traced program from labels to images, and its models' shapes."""
     if config.train.task == "tokenizer":
         raise _NotHere("the config has no generator")
     generator, tokenizer = _model(config, "generator"), _model(config, "tokenizer")
@@ -275,7 +275,8 @@ def traced_sampler(config: Any, mesh: Any, size: int) -> tuple[Any, Any, tuple[A
     )
     plan = make_plan(generator, config.sampler)
     sampler = image_sampler(generator, tokenizer, plan, mesh, config.sample.decode_batch)
-    shapes = tuple(build.param_shapes(module) for module in (generator, tokenizer))
+    prepared = jax.eval_shape(lambda p: prepare(generator, p), build.param_shapes(generator))
+    shapes = (prepared, build.param_shapes(tokenizer))
     shapes = _placed(shapes, jax.tree.map(lambda _: replicated(mesh), shapes))
     labels = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=batch_sharding(mesh))
     keys = jax.eval_shape(lambda: image_keys(0, np.arange(size)))

@@ -59,7 +59,7 @@ def make_module(kind: str, family: str, fields: dict[str, Any]) -> Any:
     if isinstance(values.get("dtype"), str):
         values["dtype"] = choose("dtype", values["dtype"], DTYPES)
     module = FAMILIES[kind][family](**values)
-    if kind == "generator" and module.width % (4 * module.heads):
+    if kind == "generator" and hasattr(module, "heads") and module.width % (4 * module.heads):
         raise UserError(
             f"{family} needs width / heads divisible by 4 for its 2-D rotary positions, "
             f"got width {module.width} and heads {module.heads}"

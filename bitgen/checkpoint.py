@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from bitgen.distributed import all_agree, on_first
-from bitgen.errors import UserError
+from bitgen.errors import UserError, first_line
 from bitgen.logging import say
 
 # Settings that may change when a run goes on: they do not alter what a step computes.
@@ -21,6 +21,7 @@ FREE = (
     "train.log_every",
     "train.preview_every",
     "train.preview_images",
+    "train.validate_every",
     "train.fid_every",
     "train.fid_images",
     "train.checkpoint_every",
@@ -37,6 +38,7 @@ FREE = (
     "mesh",
     "sampler",
     "sample",
+    "edit",
     "tokenize",
     "reconstruct",
     "evaluate",
@@ -133,7 +135,7 @@ class Checkpoints:
             found = _handler().restore(epath.Path(folder / "state"), args=args)
             found = jax.block_until_ready(found), position
         except Exception as e:  # Orbax and TensorStore raise many kinds
-            fault = f"{type(e).__name__}: {str(e).strip().splitlines()[0][:200]}"
+            fault = f"{type(e).__name__}: {first_line(e)[:200]}"
         if not all_agree(found is not None):
             return None, fault or "another process cannot read its part"
         return found, ""

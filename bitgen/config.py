@@ -100,6 +100,10 @@ def base(generator: str = "bigr") -> Any:
     config.reconstruct.batch_size = 64
     config.reconstruct.split = "test"
     config.reconstruct.columns = 16
+    # These as in config.evaluate.
+    config.reconstruct.protocol = "none"  # of rFID
+    config.reconstruct.weights = ""
+    config.reconstruct.lpips = ""
 
     config.tokenize = ConfigDict()
     config.tokenize.batch_size = 64

@@ -19,11 +19,12 @@ from typing import Any, NoReturn, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from bitgen.errors import UserError
-from bitgen.mesh import BATCH
+from bitgen.errors import UserError, first_line
+from bitgen.mesh import BATCH, shards_of_batch
 
 T = TypeVar("T")
 _PLAIN = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
@@ -31,6 +32,10 @@ _TORCHRUN = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")
 # What srun sets, and JAX reads by itself.
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 _PATIENCE = 300  # seconds for all processes to start
+# Seconds without JAX's own heartbeats, which end a run with less of a word: `bitgen.watchdog` is
+# sooner, and leaves a machine alone that was suspended.
+_HEARTBEATS = 900
+_FOREVER = 1000 * 24 * 3600  # milliseconds; the watchdog ends what is stuck
 # Exit status after a fault that is none of the settings: start it again. EX_TEMPFAIL of sysexits.h.
 RESTART = 75
 
@@ -57,10 +62,11 @@ def start(env: Mapping[str, str] = os.environ) -> None:
     )
     with on_abort(lambda: (failed, 2)):
         try:
-            jax.distributed.initialize(**found, initialization_timeout=patience)
+            jax.distributed.initialize(
+                **found, initialization_timeout=patience, heartbeat_timeout_seconds=_HEARTBEATS
+            )
         except (RuntimeError, ValueError, OSError) as e:
-            reason = str(e).strip().splitlines()[0]
-            raise UserError(f"{failed} ({reason})") from None
+            raise UserError(f"{failed} ({first_line(e)})") from None
 
 
 def find_processes(env: Mapping[str, str]) -> dict[str, Any] | None:
@@ -222,6 +228,14 @@ def on_first(function: Callable[[], T]) -> T:
     return found["value"]
 
 
+def meet(where: str) -> None:
+    """Returns when every process has come here, which each does once by that name.
+
+    On CPUs the first collective of some devices fails if one of them is half a minute late.
+    """
+    ocp.multihost.get_barrier_sync_fn()(key=where, timeout_ms=_FOREVER)
+
+
 def all_agree(yes: bool) -> bool:
     """Returns whether `yes` is true on every process; all must call it."""
     return bool(np.all(gather(np.asarray([yes]))))
@@ -268,7 +282,7 @@ def check_mesh(mesh: Mesh) -> None:
     count = jax.process_count()
     if count == 1:
         return
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = shards_of_batch(mesh)
     places = jax.sharding.NamedSharding(mesh, BATCH).devices_indices_map((shards,))
     parts: dict[int, set[int]] = {}
     for device, (rows,) in places.items():

@@ -8,6 +8,7 @@ import urllib.request
 from pathlib import Path
 
 from bitgen.logging import say
+from bitgen.progress import Bar
 
 _CHUNK = 1 << 20
 _TIMEOUT = 30  # seconds without a byte
@@ -48,9 +49,11 @@ def _fetch(url: str, part: Path, name: str) -> int:
             length = int(response.headers.get("Content-Length") or 0)
             whole = start + length if length else 0
             say(f"downloading {name}, {whole / 1e6:.0f} MB" + (", going on" if start else ""))
-            with part.open("ab" if start else "wb") as stream:
+            bar = Bar(name, whole or None, unit="B", first=start, lines=False)
+            with part.open("ab" if start else "wb") as stream, bar:
                 while chunk := response.read(_CHUNK):
                     stream.write(chunk)
+                    bar.add(len(chunk))
             return whole
     except urllib.error.HTTPError as e:
         if e.code == _PAST_THE_END:  # all of it was there already

@@ -10,6 +10,11 @@ class UserError(Exception):
     status = 2  # with which the program ends
 
 
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, or the name of its type if it has none."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
 def choose(kind: str, name: str, choices: Any) -> Any:
     """Returns `choices[name]` of a dict; raises UserError with the choices if it is none."""
     if name not in choices:

@@ -15,14 +15,14 @@ from bitgen.distributed import check_mesh, is_first
 from bitgen.errors import UserError, choose
 from bitgen.evaluation import comparison, generation, probe
 from bitgen.evaluation.features import PROTOCOLS, make_extractor
-from bitgen.evaluation.images import pixels, read_images, read_share
+from bitgen.evaluation.images import read_images, read_share
 from bitgen.evaluation.plot import curves, plot
-from bitgen.evaluation.reconstruction import measure_tokenizer
+from bitgen.evaluation.round_trip import measure_data, open_metrics
 from bitgen.evaluation.statistics import write_statistics
 from bitgen.labels import parse_labels
 from bitgen.logging import say
-from bitgen.losses.lpips import load_lpips
 from bitgen.mesh import even_batch, make_mesh, replicated
+from bitgen.progress import counted_shares
 from bitgen.watchdog import Watchdog, guard, watched
 
 Rows = list[dict[str, Any]]
@@ -114,63 +114,36 @@ def _reconstruction(config: Any, workdir: Path, watch: Watchdog) -> None:
     settings, mesh = config.evaluate, make_mesh(**config.mesh)
     path = config.tokenizer or workdir / "model"
     tokenizer = model_directory.load(path, "tokenizer", replicated(mesh))
-    extractor = None
-    if settings.protocol != "none":
-        extractor = make_extractor(settings.protocol, settings.weights, mesh, settings.batch_size)
-    source = config.data.copy_and_resolve_references()
-    source.image_size = tokenizer.module.image_size
-    lpips = load_lpips(settings.lpips) if settings.lpips else None
-    found = _measure(tokenizer, source, settings, mesh, lpips, extractor, watch)
+    metrics = open_metrics(settings, mesh)
+    found = measure_data(tokenizer, config.data, settings, mesh, metrics, watch).values
     report = {
         "protocol": settings.protocol,
-        "weights": extractor.digest if extractor else None,
+        "weights": metrics.digest,
         "tokenizer": model_directory.identity(tokenizer.path),
         "counts": {"images": found["images"]},
-        "data": source.to_dict(),
+        "data": {**config.data.to_dict(), "image_size": tokenizer.module.image_size},
         "settings": settings.to_dict(),
         "results": [{"tokenizer": tokenizer.path, **found}],
     }
     _finish(workdir, "reconstruction", report)
 
 
-def _measure(tokenizer, source, settings, mesh, lpips, extractor, watch) -> dict[str, float]:
-    rows = even_batch(settings.batch_size, mesh) // jax.process_count()
-    batches = read_share(source, settings.split, limit=settings.images, rows=rows)
-    images = watched(pixels(batches), watch)
-    return measure_tokenizer(
-        tokenizer.module,
-        tokenizer.params,
-        images,
-        mesh,
-        rows=rows,
-        lpips=lpips,
-        extractor=extractor,
-    )
-
-
 def _comparison(config: Any, workdir: Path, watch: Watchdog) -> None:
     """Several tokenizers on the same images: table, page, and curves of those trained here."""
     settings, mesh = config.evaluate, make_mesh(**config.mesh)
     paths = comparison.parse_tokenizers(settings.tokenizers)
-    lpips = load_lpips(settings.lpips) if settings.lpips else None
-    extractor = None
-    if settings.protocol != "none":
-        extractor = make_extractor(settings.protocol, settings.weights, mesh, settings.batch_size)
-    results, shown, originals = [], [], None
+    metrics = open_metrics(settings, mesh)
+    results, shown, originals = [], [], np.empty(0)
     for name, path in paths.items():
         tokenizer = model_directory.load(path, "tokenizer", replicated(mesh))
-        source = config.data.copy_and_resolve_references()
-        source.image_size = tokenizer.module.image_size
-        found = _measure(tokenizer, source, settings, mesh, lpips, extractor, watch)
-        results.append({"tokenizer": name, **comparison.code_size(tokenizer.module), **found})
-        count = config.reconstruct.columns
-        batches = read_share(source, settings.split, limit=count, rows=count)
-        images = np.concatenate(list(pixels(batches)))
-        originals = images if originals is None else originals
-        caption = comparison.caption(name, results[-1])
-        shown.append((caption, comparison.reconstruct(tokenizer, images)))
-        say(caption)
-    assert originals is not None
+        columns = config.reconstruct.columns
+        found = measure_data(tokenizer, config.data, settings, mesh, metrics, watch, show=columns)
+        results.append(
+            {"tokenizer": name, **comparison.code_size(tokenizer.module), **found.values}
+        )
+        originals = originals if shown else found.shown["original"]
+        shown.append((comparison.caption(name, results[-1]), found.shown["reconstruction"]))
+        say(shown[-1][0])
     lines = {name: comparison.validation_curve(path) for name, path in paths.items()}
     lines = {name: points for name, points in lines.items() if points}
     if is_first():
@@ -179,7 +152,7 @@ def _comparison(config: Any, workdir: Path, watch: Watchdog) -> None:
             write_png(workdir / "curves.png", curves(lines, "step", "validation L1"))
     report = {
         "protocol": settings.protocol,
-        "weights": extractor.digest if extractor else None,
+        "weights": metrics.digest,
         "tokenizers": {name: model_directory.identity(path) for name, path in paths.items()},
         "counts": {"images": results[0]["images"]},
         "data": config.data.to_dict(),
@@ -210,7 +183,8 @@ def _probe(config: Any, workdir: Path, watch: Watchdog) -> None:
     for split in ("train", "test"):
         batches = read_share(source, split, limit=settings.images, rows=rows)
         params = (generator.params, tokenizer and tokenizer.params)
-        sets.append(probe.collect(program, params, watched(batches, watch), rows))
+        told = counted_shares(batches, f"features of {split!r}:", batches.num_examples)
+        sets.append(probe.collect(program, params, watched(told, watch), rows))
         num_classes = batches.num_classes
         say(f"features of {len(sets[-1][1])} images of split {split!r}")
     train, test = sets
@@ -243,10 +217,11 @@ KINDS: dict[str, Callable[[Any, Path, Watchdog], None]] = {
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Returns rows of the same keys as a table of text."""
-    cells = [list(rows[0])]
+    """Returns rows as a table of text, empty where a row lacks what another has."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [names]
     for row in rows:
-        values = (row[name] for name in rows[0])
+        values = (row.get(name, "") for name in names)
         cells.append([f"{v:.5g}" if isinstance(v, float) else str(v) for v in values])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ("  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells)

@@ -96,7 +96,6 @@ class Lock:
 def acquire(
     path: Path,
     *,
-    me: Process | None = None,
     silent: float = SILENT,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
@@ -106,7 +105,7 @@ def acquire(
     A holder on this machine that is gone is taken over from at once, one on another machine after
     `silent` seconds in which it does not touch the file: no clocks are compared.
     """
-    me = me or this_process()
+    me = this_process()
     token = f"{me.host}-{me.pid}-{uuid.uuid4().hex}"
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     content = json.dumps({**dataclasses.asdict(me), "since": since, "token": token}) + "\n"

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from bitgen import devices
 from bitgen.data.images import write_png
@@ -92,9 +93,10 @@ class Progress:
 
 
 def say(message: str) -> None:
-    """Prints one line to standard error on the first process."""
+    """Prints one line to standard error on the first process, above a bar that may be there."""
     if jax.process_index() == 0:
-        print(message, file=sys.stderr, flush=True)
+        with tqdm.external_write_mode(file=sys.stderr):
+            print(message, file=sys.stderr, flush=True)
 
 
 def quiet() -> None:

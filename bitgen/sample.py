@@ -1,7 +1,6 @@
 """Mode `sample`: labels and a seed to images, any number of them."""
 
 import hashlib
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ from bitgen.labels import class_names_of, parse_labels
 from bitgen.logging import say
 from bitgen.mesh import even_batch, make_mesh, replicated
 from bitgen.outputs import make_output
-from bitgen.samplers.images import image_keys, image_sampler, make_plan
+from bitgen.progress import Bar
+from bitgen.samplers.images import image_keys, image_sampler, make_plan, prepare
 from bitgen.samplers.steps import image_steps
 from bitgen.watchdog import Watchdog, guard
 
@@ -67,24 +67,23 @@ def _run(config: Any, workdir: Path, watch: Watchdog) -> None:
 
     # Every batch has the same shape, so that there is one program; the last is filled up.
     sampler = image_sampler(generator.module, tokenizer.module, plan, mesh, settings.decode_batch)
+    params = prepare(generator.module, generator.params)
     first = output.next_index
     size = even_batch(min(settings.batch_size, len(labels)), mesh)
     if first:
         say(f"going on at image {first} of {len(labels)}")
-    started = time.monotonic()
-    for start in range(first, len(labels), size):
-        watch.doing(f"sampling from image {start} on", patient=True)
-        indices = np.arange(start, start + size)
-        batch = sampler(
-            generator.params,
-            tokenizer.params,
-            labels[np.minimum(indices, len(labels) - 1)],
-            image_keys(config.seed, indices),
-        )
-        output.add(whole(batch)[: len(labels) - start])
-        done = output.next_index
-        rate = (done - first) / (time.monotonic() - started)
-        say(f"sampled {done}/{len(labels)}, {rate:.2f} images/s")
+    with Bar("sampled", len(labels), first=first) as bar:
+        for start in range(first, len(labels), size):
+            watch.doing(f"sampling from image {start} on", patient=True)
+            indices = np.arange(start, start + size)
+            batch = sampler(
+                params,
+                tokenizer.params,
+                labels[np.minimum(indices, len(labels) - 1)],
+                image_keys(config.seed, indices),
+            )
+            output.add(whole(batch)[: len(labels) - start])
+            bar.to(output.next_index)
     watch.doing("completing the output", patient=True)
     say(output.finish())
     if settings.animation:

@@ -17,6 +17,8 @@ from flax import linen as nn
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from bitgen.mesh import shards_of_batch
+
 # (pattern in the path, spec of the last axes); the first that is found counts.
 Rules = Sequence[tuple[str, P]]
 
@@ -127,7 +129,7 @@ def batch_on(mesh: Mesh) -> Iterator[None]:
     Parameters split by `fsdp` otherwise lead the compiler to split activations by features, with
     the whole batch on each device. Other axes are left to it.
     """
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = shards_of_batch(mesh)
     if mesh.shape["fsdp"] == mesh.shape["tensor"] == 1:
         yield
         return

@@ -1,6 +1,5 @@
 """Mode `tokenize`: a dataset to packed bits on disk, once, so that generators train on bits."""
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from bitgen.evaluation.features import own_rows, pad_rows
 from bitgen.logging import say
 from bitgen.mesh import BATCH, even_batch, make_mesh, replicated, to_device
 from bitgen.pixels import from_uint8
+from bitgen.progress import Bar
 from bitgen.watchdog import Watchdog, guard
 
 
@@ -71,21 +71,20 @@ def _run(config: Any, workdir: Path, watch: Watchdog) -> None:
         batches = data.make_batches(
             source, batch_size=size, seed=config.seed, training=False, start=begin, **places
         )
-    rows, done, started, told = size // jax.process_count(), 0, time.monotonic(), 0.0
-    for batch in batches:
-        watch.doing(f"encoding after {done} images", patient=done == 0)
-        images = batch["image"]
-        placed = to_device({"image": pad_rows(images, rows)}, mesh)
-        packed = gather(own_rows(program(tokenizer.params, placed["image"])))
-        real = gather(np.arange(rows) < len(images))
-        label, index = (gather(pad_rows(batch[name], rows))[real] for name in ("label", "index"))
-        if writer:
-            writer[0].add(packed[real], label, index)
-        done += len(index)
-        elapsed = time.monotonic() - started
-        if elapsed - told > 10 and len(index):
-            told = elapsed
-            say(f"tokenized {index[-1] + 1}/{total}, {done / elapsed:.0f} images/s")
+    rows = size // jax.process_count()
+    with Bar("tokenized", total, first=begin) as bar:
+        for batch in batches:
+            watch.doing(f"encoding after {bar.done} images", patient=bar.done == begin)
+            images = batch["image"]
+            placed = to_device({"image": pad_rows(images, rows)}, mesh)
+            packed = gather(own_rows(program(tokenizer.params, placed["image"])))
+            real = gather(np.arange(rows) < len(images))
+            label, index = (
+                gather(pad_rows(batch[name], rows))[real] for name in ("label", "index")
+            )
+            if writer:
+                writer[0].add(packed[real], label, index)
+            bar.add(len(index))
     watch.doing("completing the bits", patient=True)
     broken = int(gather(np.asarray([batches.counts()["broken"]])).sum())
     on_first(lambda: writer[0].finish(broken))

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from bitgen.devices import GIB
-from bitgen.errors import UserError
+from bitgen.errors import UserError, first_line
 from bitgen.logging import say
 from bitgen.measure import compiled_bytes
 
@@ -41,7 +41,7 @@ def devices(topology: str) -> list[Any]:
                 "pip install 'jax[tpu]', and set JAX_PLATFORMS=cpu where there is none"
             ) from None
         raise UserError(
-            f"jax knows no topology {topology!r} ({_first_line(e)}); write v5e:2x4, v6e:4x4, "
+            f"jax knows no topology {topology!r} ({first_line(e)}); write v5e:2x4, v6e:4x4, "
             "v5p:2x2x2 or cpu:8"
         ) from None
 
@@ -64,7 +64,7 @@ def compile_row(what: str, traced: Any, mesh: Any) -> dict[str, Any]:
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
-        say(f"{what}: {_first_line(e)}")
+        say(f"{what}: {first_line(e)}")
         return _row(what, mesh, time.monotonic() - started, "no", 0.0, "")
     seconds = time.monotonic() - started
     calls = collections.Counter(_COLLECTIVES.findall(compiled.as_text()))
@@ -82,7 +82,3 @@ def _row(what: str, mesh: Any, seconds: float, fits: str, size: float, said: str
         "gib_a_device": size,
         "collectives": said or "none",
     }
-
-
-def _first_line(e: Exception) -> str:
-    return str(e).strip().split("\n")[0]

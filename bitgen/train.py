@@ -14,7 +14,7 @@ import numpy as np
 from bitgen import data, memory, model_directory
 from bitgen.checkpoint import Checkpoints
 from bitgen.devices import GIB
-from bitgen.distributed import check_mesh, gather, place
+from bitgen.distributed import check_mesh, gather, meet, on_first, place
 from bitgen.errors import UserError, choose
 from bitgen.evaluation import schedule
 from bitgen.evaluation.validation import Validation
@@ -119,6 +119,8 @@ def _run(config: Any, workdir: Path, watch: Watchdog, stack: contextlib.ExitStac
             compiled[stage] = traced.lower().compile()
             size = compiled_bytes(compiled[stage]) / GIB
             took = f"{time.monotonic() - started:.1f} s"
+            watch.doing("waiting until all have compiled", patient=True)
+            meet(f"compiled at step {step}")
             say(f"compiled the training step in {took}: {size:.3g} GiB a device in all")
             progress = Progress(step, last, batch_size, count_flops(traced.jaxpr))
         assert progress is not None
@@ -138,6 +140,8 @@ def _run(config: Any, workdir: Path, watch: Watchdog, stack: contextlib.ExitStac
     elif stop.received:
         say("stopped by a signal before the first step: the same command begins again")
     elif not compiled:
+        if _exported(workdir) != step:  # killed between the last checkpoint and its model
+            record.export(step, state)
         say(f"nothing to do: {workdir} is at step {step} of {last}")
     else:
         say(f"done: {workdir / 'model'} is the averaged model after {step} steps")
@@ -207,8 +211,7 @@ class Record:
         if saving:
             self.checkpoints.save(step, state, self.feed.position)
             self.saved = step
-            info = {**self.info, "steps": step}
-            model_directory.write(self.workdir / "model", info, state.ema)
+            self.export(step, state)
         last = step == settings.steps
         if self.validate and (last or (step % settings.validate_every == 0 and not leaving)):
             self._validate(step, state)
@@ -216,6 +219,11 @@ class Record:
         if self.fid and (last or (step % settings.fid_every == 0 and not leaving)):
             self._distance(step, state)
         progress.start += time.monotonic() - working  # what is no training is not timed as such
+
+    def export(self, step: int, state: TrainState) -> None:
+        """Writes the averaged model."""
+        info = {**self.info, "steps": step}
+        model_directory.write(self.workdir / "model", info, state.ema)
 
     def _validate(self, step: int, state: TrainState) -> None:
         found = self.validate(state.ema)
@@ -242,6 +250,18 @@ class Record:
         say(line)
         counts = _counts(self.feed.batches)
         self.log.scalars(step, {**self.task.summarise(metrics), **speed, **counts})
+
+
+def _exported(workdir: Path) -> int:
+    """-> the step of the model in a workdir, -1 if there is none."""
+
+    def read() -> int:
+        try:
+            return model_directory.read_info(workdir / "model").get("steps", -1)
+        except UserError:
+            return -1
+
+    return on_first(read)
 
 
 def _finite(metrics: list[dict[str, Any]], step: int, workdir: Path, saved: int) -> dict[str, Any]:

@@ -21,13 +21,14 @@ import jax
 
 from bitgen import lock
 from bitgen.distributed import RESTART, leave, on_abort, on_first
-from bitgen.errors import UserError
+from bitgen.errors import UserError, first_line
 
 T = TypeVar("T")
 BEAT = 2.0  # seconds between signs of life
 SILENT = lock.SILENT  # seconds without one after which a process counts as gone
 PATIENCE = 10  # times the usual, for what takes long by nature
-_LAST_RESORT = 3 * SILENT  # seconds after which C ends a process whose Python is held still
+# Seconds after which C ends a process whose Python is held still, or which was suspended so long.
+_LAST_RESORT = 15 * SILENT
 _SIZE = 1024  # bytes of a file of heartbeats: written in place, so that a full disk does not matter
 _RUNNING = -1
 _UNKNOWN = lock.Process("an unknown host", "", 0, "")
@@ -156,7 +157,7 @@ class Watchdog:
         self._write()
         if self.held:
             self.held.release()
-        leave(f"{why}; {_HOW_ON}" if status == RESTART else why, status)
+        leave(_with_advice(why, status), status)
 
     def _file(self, process: int) -> Path:
         return self.folder / f"{process:05d}.json"
@@ -181,7 +182,8 @@ class Watchdog:
             return None
 
 
-_HOW_ON = "the same command goes on from the newest checkpoint"
+def _with_advice(why: str, status: int) -> str:
+    return f"{why}; the same command goes on from what is saved" if status == RESTART else why
 
 
 def aborted(watch: Watchdog) -> tuple[str, int]:
@@ -190,9 +192,10 @@ def aborted(watch: Watchdog) -> tuple[str, int]:
     end = time.monotonic() + 3 * watch.judge.silent_after
     while time.monotonic() < end:
         if found := watch.look():
-            return (f"{found[0]}; {_HOW_ON}" if found[1] == RESTART else found[0]), found[1]
+            return _with_advice(*found), found[1]
         time.sleep(0.5)
-    return f"lost touch with the other processes of this run; {_HOW_ON}", RESTART
+    lost = "lost touch with the other processes of this run"
+    return _with_advice(lost, RESTART), RESTART
 
 
 @contextlib.contextmanager
@@ -223,7 +226,7 @@ def guard(workdir: Path, name: str, stuck_after: float) -> Iterator[Watchdog]:
         except jax.errors.JaxRuntimeError as e:
             if watch.count > 1:  # most often another process is gone: the thread will say which
                 watch.thread.join(watch.judge.silent_after + 5 * BEAT)
-            watch.end(1, str(e).splitlines()[0])
+            watch.end(1, first_line(e))
             raise
         except BaseException as e:
             watch.end(1, f"{type(e).__name__}: {e}")

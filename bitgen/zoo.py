@@ -6,17 +6,21 @@ that cannot be downloaded is put by hand where `placed` says. `zoo_entries` list
 
 import contextlib
 import fcntl
+import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from bitgen import build
+from bitgen.distributed import is_first
 from bitgen.download import download
 from bitgen.errors import UserError, choose
-from bitgen.zoo_entries import WEIGHTS, ZOO, Entry, WeightsFile
+from bitgen.zoo_entries import PARAMETERS, TILES, WEIGHTS, ZOO, Entry, WeightsFile
 
 PREFIX = "zoo:"
 
@@ -60,6 +64,9 @@ def describe(family: str, hparams: Mapping[str, Any]) -> str:
     if "latent_channels" in hparams:
         widths = hparams["encoder_widths"]
         return f"f{2 ** (len(widths) - 1)}c{hparams['latent_channels']}, width {widths[-1]}"
+    if "bits" not in hparams or "width" not in hparams:
+        sizes = [(name, value) for name, value in hparams.items() if type(value) is int]
+        return ", ".join(f"{name} {value}" for name, value in sizes[:3])
     bits = f"d{hparams['bits']}"
     if "layers" in hparams:
         return f"{bits}, {hparams['layers']} layers of width {hparams['width']}"
@@ -135,6 +142,34 @@ def table() -> str:
     for entry in WEIGHTS.values():
         size = f"{entry.gigabytes:.2f}"
         rows.append((entry.name, entry.family, "of metrics", "", size, "", entry.url))
+    return _aligned(rows)
+
+
+def parameter_table() -> str:
+    """Returns how many parameters every known network has, beside what its authors print.
+
+    Counted from shapes, so no weights are needed, but some seconds a network. Running statistics
+    of batch norms are left out, as authors do.
+    """
+    rows = [("NAME", "FAMILY", "PARAMETERS", "PUBLISHED")]
+    for name, (kind, family, hparams) in networks().items():
+        module = build.make_module(kind, family, hparams)
+        count = sum(
+            math.prod(leaf.shape)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(build.param_shapes(module))
+            if path[-1].key not in ("mean", "var")
+        )
+        rows.append((name, family, f"{count / 1e6:.2f}M", PARAMETERS.get(name, "")))
+    return _aligned(rows)
+
+
+def networks() -> dict[str, tuple[str, str, dict[str, Any]]]:
+    """Returns kind, family and settings, where not the defaults, of every known network by name."""
+    found = {e.name: (e.kind, e.family, dict(e.hparams)) for e in ZOO.values() if e.usable}
+    return found | {name: ("tokenizer", "dcae", hparams) for name, hparams in TILES.items()}
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -156,13 +191,15 @@ def _file(entry: Entry) -> Path:
         raise UserError(f"{entry.name} is on no hub: {help_}")
     try:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.utils import logging
+        from huggingface_hub.utils import disable_progress_bars, logging
     except ImportError:
         install = "pip install 'bitgen[convert]'"
         raise UserError(
             f"downloading {entry.name} needs huggingface_hub: {install}, or {help_}"
         ) from None
     logging.set_verbosity_error()  # our one line says what its lines for each try would
+    if not is_first():
+        disable_progress_bars()
     try:
         # Into the hub's own cache: what another program fetched is found, what broke off resumes.
         return Path(hf_hub_download(entry.repository, f"{entry.folder}{entry.file}"))
@@ -175,6 +212,8 @@ def _convert(file: Path, directory: Path, entry: Entry) -> None:
     # A process of its own: what asks for the model may span hosts and hold the accelerator.
     command = [sys.executable, "-m", "bitgen.convert", str(file), str(directory)]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    if not is_first():
+        environment["TQDM_DISABLE"] = "1"
     # Some of these also hold an average, which the original does not read.
     weights = ["--weights=model"] if entry.wrapped == "vae" else []
     command += [*weights, f"--model={entry.name}"]

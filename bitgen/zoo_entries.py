@@ -1,4 +1,4 @@
-"""What was released: every checkpoint with its sizes and file, and files that metrics read."""
+"""What is published: checkpoints with sizes and files, files of metrics, counts of parameters."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -294,6 +294,38 @@ _ENTRIES = (
     _bitdance("H-1x", 1.24, **_BITDANCE_H),
 )
 ZOO = {entry.name: entry for entry in _ENTRIES}
+
+
+def _tiles(latents: int, *widths: int, depths: tuple[int, ...] = (2, 2, 2)) -> dict[str, Any]:
+    """A DC-AE of 32x32 images, one cell each; `depths` of its stages of attention."""
+    return {
+        "image_size": 32,
+        "latent_channels": latents,
+        "encoder_widths": widths,
+        "encoder_depths": (0, 4, 8, *depths),
+        "decoder_widths": widths,
+        "decoder_depths": (0, 5, 10, *depths),
+    }
+
+
+# DC-AEs of defgsus/nn-experiments, which released no weights.
+TILES = {
+    "dcae_03": _tiles(32, 64, 128, 256, 256, 512, 512),
+    "dcae_04": _tiles(64, 64, 128, 256, 256, 512, 512),
+    "dcae_05": _tiles(64, 128, 256, 256, 512, 512, 512),
+    "dcae_06": _tiles(64, 64, 128, 256, 256, 512, 1024),
+    "dcae_07": _tiles(64, 64, 128, 256, 256, 512, 512, depths=(2, 3, 4)),
+}
+
+# Parameters as the authors print them, often rounded down; what is not here is not published.
+PARAMETERS = {
+    **{"bigr_L_d24": "336M", "bigr_XL_d24": "799M", "bigr_XXL_d24": "1.48B"},
+    **{"bigr_XXL_d32": "1.48B", "bigr_L_d32_512": "373M"},
+    **{"dc_ae_f32c32_in": "323M", "dc_ae_f32c32_mix": "323M"},
+    **{"dcae_03": "81M", "dcae_04": "81M", "dcae_05": "110M", "dcae_06": "142M", "dcae_07": "106M"},
+    **{"bitdance_ae_d16c32": "460M", "bitdance_B_1x": "242M", "bitdance_B_4x": "260M"},
+    **{"bitdance_B_16x": "260M", "bitdance_L_1x": "527M", "bitdance_H_1x": "1.0B"},
+}
 
 # One network in three files: those of pytorch-fid, of torch-fidelity (which are equal), and the
 # graph that ADM's evaluator downloads.

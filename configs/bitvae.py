@@ -6,27 +6,52 @@ r"""BitVAE, Infinity's multi-scale tokenizer, in its authors' two stages: one sc
         --config.data.path=/data/imagenet/train
 
 Sizes: d16_stage1, d16_stage2, d32_stage1, d32_stage2; stage 2 starts from
-runs/bitvae_dN_stage1/model unless --config.init_from says otherwise.
-From the authors' code: the network, 256 px, L1, LPIPS(VGG16), hinge PatchGAN, commitment 0.25,
-entropy 0.1, Adam with rate 1e-4, betas 0.9 and 0.95, clipping at 1. Not known, so ours: the weights
-of L1, LPIPS and GAN, the batch, and the steps. It is meant for 8 GPUs of 80 GB, 16 images each, in
-bfloat16, with residual blocks recomputed in the backward pass. For the regularised sort (d32reg)
-set config.model.drop_rate and config.model.flip_prob in stage 2; the authors' values are not known.
-Set config.loss.perceptual_weights to a file where there is no network, or
-config.loss.perceptual_weight=0. Not run here at this size: no time or quality was measured. The
-authors report, at 256 px, rFID 1.22 and PSNR 20.9 for d16, 0.61 and 22.7 for d32.
+runs/bitvae_dN_stage1/model unless --config.init_from says otherwise. To test one, over a list
+of files (or a folder, --config.data.source=folder):
+
+    python -m bitgen.main --config=configs/bitvae.py:d16_stage2 --workdir=runs/bitvae_d16_stage2 \
+        --mode=reconstruct --config.data.source=list --config.data.path=labels/imagenet/val.txt \
+        --config.reconstruct.split=all --config.reconstruct.protocol=pytorch_fid \
+        --config.reconstruct.lpips=hub
+
+From the authors' training scripts: the network; batch 256; 500,000 steps, then 200,000; AdamW with
+rate 1e-4, a tenth of it for the last 50,000, betas 0.9 and 0.95, clipping at 1; L1 1, LPIPS (VGG16)
+1, GAN 0.3 from step 50,000, in stage 2 from the first, its discriminator 128 wide; commitment 0.25
+and entropy 0.1, both times 4; scales left out of half the batches, but the last; gradients through
+the residuals. Different here: one size of images, where their stage 2 mixes 256, 512 and 1,024
+pixels (set config.model.image_size and config.data.image_size); the schedule `dynamic`, with which
+they test, where they train on `dense`; one scale in stage 1, where they already have all of them
+(config.model.schedule=dynamic, and drop_rate, keep_first and keep_last as below); GAN's weight is a
+bound, as everywhere in bitgen, and the discriminator's rate is the model's, not twice that; their
+penalty on its mean logits is not there (config.loss.lecam_weight is another one); bfloat16.
+
+The values of the regularised sort (d32reg) are not published: set config.model.flip_prob and
+flip_scales in stage 2, which flip bits of the first scales at random. The script's own defaults,
+which no published command uses, are 0.5 and 1.
+
+It is meant for 8 GPUs of 80 GB, 16 images each at a time, residual blocks recomputed in the
+backward pass; on 32 add --config.train.accumulate=1. Set config.loss.perceptual_weights to a file
+where there is no network, or config.loss.perceptual_weight=0. Not run here at this size: no time or
+quality was measured. The authors report, at 256 px, rFID 1.22 and PSNR 20.9 for d16, 0.61 and 22.7
+for d32, 0.75 and 21.9 for d32reg.
 """
 
 from bitgen import config
 from bitgen.errors import choose
 
-SIZES = {
-    "d16_stage1": {"bits": 16, "schedule": "same1"},
-    "d16_stage2": {"bits": 16, "schedule": "dynamic"},
-    "d32_stage1": {"bits": 32, "schedule": "same1"},
-    "d32_stage2": {"bits": 32, "schedule": "dynamic"},
+_MANY = {
+    **{"schedule": "dynamic", "detach_residual": False},
+    **{"drop_rate": 0.5, "keep_first": False, "keep_last": True},
 }
-PER_DEVICE, DEVICES = 16, 8
+_ONE = {"schedule": "same1", "detach_residual": False}
+SIZES = {
+    "d16_stage1": {"bits": 16, **_ONE},
+    "d16_stage2": {"bits": 16, **_MANY},
+    "d32_stage1": {"bits": 32, **_ONE},
+    "d32_stage2": {"bits": 32, **_MANY},
+}
+PER_DEVICE, DEVICES, PARTS = 16, 8, 2
+_CODE = 4  # what the authors multiply the losses on the code by
 
 
 def get_config(size: str = "d16_stage1"):
@@ -36,21 +61,29 @@ def get_config(size: str = "d16_stage1"):
     c.data.source = "folder"
     c.data.image_size = c.model.image_size
     c.data.crop = "random"
+    c.data.crop_scale_min = 1.0
     c.data.holdout = 0.0
-    c.train.batch_size = PER_DEVICE * DEVICES
+    c.train.batch_size = PER_DEVICE * DEVICES * PARTS
+    c.train.accumulate = PARTS
     c.train.steps = 500_000
     c.train.log_every = 200
     c.train.checkpoint_every = 10_000
-    c.optim.name = "adam"
+    c.optim.name = "adamw"
     c.optim.lr = 1e-4
+    c.optim.schedule = "drop"
     c.optim.b1 = 0.9
     c.optim.b2 = 0.95
+    c.optim.weight_decay = 0.01  # AdamW's default in PyTorch
+    c.optim.no_decay = ()
     c.optim.clip = 1.0
-    c.loss.entropy_weight = 0.1
-    c.loss.commitment_weight = 0.25
-    c.loss.gan_start = 30_001
+    c.loss.commitment_weight = 0.25 * _CODE
+    c.loss.entropy_weight = 0.1 * _CODE
+    c.loss.gan_weight = 0.3
+    c.loss.gan_start = 50_000
+    c.loss.discriminator_width = 128
     if size.endswith("stage2"):
         c.init_from = f"runs/bitvae_{size.removesuffix('stage2')}stage1/model"
         c.train.steps = 200_000
-        c.loss.gan_start = 5_001  # for the discriminator to begin with what it is to tell apart
+        c.loss.gan_start = 0
+    c.optim.drop_step = c.train.steps - 50_000
     return c

@@ -16,29 +16,12 @@ LPIPS and a PatchGAN from step 100,001, AdamW. Published for f64c128 at 512 px: 
 from bitgen import config, zoo
 from bitgen.errors import choose
 
-
-def small(latents: int, widths: tuple[int, ...], attention_depths=(2, 2, 2)) -> dict:
-    """Returns the fields of a model for 32x32 images."""
-    return {
-        "image_size": 32,
-        "latent_channels": latents,
-        "encoder_widths": widths,
-        "encoder_depths": (0, 4, 8, *attention_depths),
-        "decoder_widths": widths,
-        "decoder_depths": (0, 5, 10, *attention_depths),
-    }
-
-
 SIZES = {
     "f32c32": {},
     "f64c128": dict(zoo.ZOO["dc_ae_f64c128_in"].hparams),
     "f128c512": dict(zoo.ZOO["dc_ae_f128c512_in"].hparams),
     "sana": dict(zoo.ZOO["dc_ae_f32c32_sana"].hparams),
-    "03": small(32, (64, 128, 256, 256, 512, 512)),
-    "04": small(64, (64, 128, 256, 256, 512, 512)),
-    "05": small(64, (128, 256, 256, 512, 512, 512)),
-    "06": small(64, (64, 128, 256, 256, 512, 1024)),
-    "07": small(64, (64, 128, 256, 256, 512, 512), (2, 3, 4)),
+    **{name.removeprefix("dcae_"): dict(fields) for name, fields in zoo.TILES.items()},
 }
 
 

@@ -71,3 +71,7 @@ run env BITGEN_VENV="$venv" JAX_PLATFORMS=cuda,cpu sbatch --job-name="$name" --n
   --gpus-per-node="$gpus" --cpus-per-task="$cpus" --time="$time" --requeue --open-mode=append \
   --signal="B:USR1@$grace" --chdir="$PWD" --output="$logs/%x-%j.log" \
   ${more[@]+"${more[@]}"} launch/slurm_job.sh "$@"
+if [ -n "$dry" ]; then
+  note "and on the nodes:"
+  BITGEN_DRY_RUN=1 BITGEN_VENV="$venv" bash launch/slurm_job.sh "$@"
+fi

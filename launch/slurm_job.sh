@@ -4,14 +4,17 @@
 set -euo pipefail
 source launch/common.sh
 
+command=(srun --kill-on-bad-exit=1 "$venv/bin/python" -m bitgen.main "$@")
+[ -z "$dry" ] || run_last "${command[@]}"
+
 # Slurm tells this script, which tells the processes: scancel with a signal reaches them alone.
 again=""
 tell="scancel --signal=TERM $SLURM_JOB_ID"
 trap 'echo "the time is nearly over: saving, to go on in the next turn"; again=1; $tell' USR1
 trap 'echo "told to stop: saving"; $tell' TERM
 
-echo "+ $(quoted srun --kill-on-bad-exit=1 "$venv/bin/python" -m bitgen.main "$@")"
-srun --kill-on-bad-exit=1 "$venv/bin/python" -m bitgen.main "$@" &
+echo "+ $(quoted "${command[@]}")"
+"${command[@]}" &
 status=0
 await "$!" || status=$?
 # 75: something went wrong that is none of the settings.

@@ -169,7 +169,12 @@ on_hosts() {
 }
 
 # worker WORD ...: launch/tpu_worker.sh on every host.
-worker() { on_hosts "cd bitgen && $(quoted bash launch/tpu_worker.sh "$@")"; }
+worker() {
+  on_hosts "cd bitgen && $(quoted bash launch/tpu_worker.sh "$@")"
+  case "$dry$1" in
+    1install | 1start) BITGEN_DRY_RUN=1 bash launch/tpu_worker.sh "$@" | sed 's/^/#   there: /' ;;
+  esac
+}
 
 # Waits until every host answers, for which a new TPU may need minutes.
 reach() {
@@ -262,7 +267,7 @@ case "$action" in
     if [ -n "$delete_after" ]; then
       delete
     else
-      note "the TPU is still there and costs money: launch/tpu.sh delete $(quoted --name="$name" "${where[0]}")"
+      note "the TPU is still there and costs money: launch/tpu.sh delete $(quoted --name="$name" --zone="$zone" ${project:+--project="$project"})"
     fi
     ;;
   create) create ;;

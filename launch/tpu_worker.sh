@@ -11,7 +11,10 @@ cd "$(dirname "$0")/.."
 source launch/common.sh
 
 records="${BITGEN_RECORDS:-$HOME/bitgen-run}" # log, lock and state
-mkdir -p "$records"
+[ -n "$dry" ] || mkdir -p "$records"
+
+# Whether a program is not there; a dry run assumes nothing.
+lacks() { [ -n "$dry" ] || ! command -v "$1" > /dev/null; }
 
 running() { ! flock --shared --nonblock "$records/lock" true; }
 
@@ -29,36 +32,38 @@ state() {
 }
 
 attach() { # SOURCE DIR
-  if mountpoint --quiet "$2"; then return; fi
-  sudo mkdir -p "$2"
+  if [ -z "$dry" ] && mountpoint --quiet "$2"; then return; fi
+  run sudo mkdir -p "$2"
   case "$1" in
     gs://*)
-      if ! command -v gcsfuse > /dev/null; then
-        local key=/usr/share/keyrings/cloud.google.asc
-        curl -fsS https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee "$key" > /dev/null
-        echo "deb [signed-by=$key] https://packages.cloud.google.com/apt gcsfuse-$(lsb_release -cs) main" \
-          | sudo tee /etc/apt/sources.list.d/gcsfuse.list > /dev/null
-        sudo apt-get -qq update
-        sudo apt-get -qq install -y gcsfuse
+      if lacks gcsfuse; then
+        local from=https://packages.cloud.google.com/apt key=/usr/share/keyrings/cloud.google.asc
+        local line="deb [signed-by=$key] $from gcsfuse-\$(lsb_release -cs) main"
+        run sudo curl -fsS -o "$key" "$from/doc/apt-key.gpg"
+        run bash -c "echo \"$line\" | sudo tee /etc/apt/sources.list.d/gcsfuse.list > /dev/null"
+        run sudo apt-get -qq update
+        run sudo apt-get -qq install -y gcsfuse
       fi
-      sudo chown "$USER" "$2"
-      gcsfuse --implicit-dirs --rename-dir-limit=1000000 "${1#gs://}" "$2"
+      run sudo chown "$(id -un)" "$2"
+      run gcsfuse --implicit-dirs --rename-dir-limit=1000000 "${1#gs://}" "$2"
       ;;
     *:/*)
-      command -v mount.nfs > /dev/null || {
-        sudo apt-get -qq update
-        sudo apt-get -qq install -y nfs-common
-      }
-      sudo mount -t nfs "$1" "$2"
+      if lacks mount.nfs; then
+        run sudo apt-get -qq update
+        run sudo apt-get -qq install -y nfs-common
+      fi
+      run sudo mount -t nfs "$1" "$2"
       ;;
     *) fail "cannot mount $1: gs://BUCKET or HOST:/EXPORT" ;;
   esac
 }
 
+too_old() { ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; }
+
 install() { # [SOURCE DIR]
   if [ $# -eq 2 ]; then attach "$1" "$2"; fi
-  if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' && [ ! -e "$venv" ]; then
-    # Images of TPUs have had Python 3.10.
+  if [ ! -e "$venv" ] && { [ -n "$dry" ] || too_old; }; then
+    # Images of TPUs have had Python 3.10; a dry run takes it to be so.
     run "$python" -m pip install --user --quiet uv
     run "$python" -m uv venv --quiet --seed --python=3.12 "$venv"
   fi
@@ -67,6 +72,7 @@ install() { # [SOURCE DIR]
 }
 
 start() { # BITGEN_ARGUMENTS
+  [ -z "$dry" ] || run_last env JAX_PLATFORMS=tpu,cpu "$venv/bin/python" -m bitgen.main "$@"
   if running; then
     note "a run is going on here already"
     return

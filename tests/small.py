@@ -1,5 +1,6 @@
 """Settings small enough to train in seconds, for tests of everything around the models."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,14 @@ def bitdance(tokenizer_directory) -> Any:
     c.sampler.guidance = 2.0
     c.tokenizer = str(tokenizer_directory)
     return c
+
+
+def rows(workdir: Path) -> list[dict[str, Any]]:
+    """What a run logged at each step, without what depends on the machine."""
+    speed = ("images_per_second", "data_wait", "mfu")
+    text = (workdir / "metrics.jsonl").read_text()
+    found = [json.loads(line) for line in text.splitlines()]
+    return [{k: v for k, v in row.items() if k not in speed} for row in found]
 
 
 def random_params(module: Any) -> Any:

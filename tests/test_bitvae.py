@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from bitgen import build, config, model_directory, reconstruct, tokenize
 from bitgen.convert import bitvae
@@ -363,6 +364,9 @@ def test_modes_with_many_scales(small, tmp_path):
     reconstruct.run(c, tmp_path)
     result = json.loads((tmp_path / "reconstructions.json").read_text())
     assert result["bits_per_image"] == 6 * (1 + 4 + 16)
-    assert 0 < result["bits_used"] <= 1
+    assert result["bits_used"] == pytest.approx(1 - result["bits_dead"] / 6)
+    assert 0 < result["bits_entropy"] <= 1
+    picture = np.asarray(Image.open(tmp_path / "bits.png"))
+    assert picture.shape == (2 * 3 * (64 + 14), 120, 3)  # two rows a scale
     with pytest.raises(UserError, match="gives bits at 3 scales"):
         tokenize.run(c, tmp_path)

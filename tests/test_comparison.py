@@ -14,6 +14,11 @@ from bitgen.evaluation import comparison
 from bitgen.logging import RunLog
 
 
+def test_latents_and_bits_are_one_table():
+    text = evaluate.format_table([{"name": "a", "bits": 4}, {"name": "b", "ratio": 2.5}])
+    assert text.split() == ["name", "bits", "ratio", "a", "4", "b", "2.5"]
+
+
 @pytest.fixture(scope="module")
 def workdirs(tmp_path_factory):
     """Two runs that differ in the bits of a token; the first has a validation curve."""

@@ -375,6 +375,20 @@ def test_wrong_models_are_one_line(tmp_path, monkeypatch, capsys):
     assert "bitvae_d16 is a bitvae, which this version cannot load yet" in capsys.readouterr().err
 
 
+def test_list_prints_parameters(monkeypatch, capsys):
+    monkeypatch.setattr(zoo, "ZOO", {"bitdance_B_1x": zoo.ZOO["bitdance_B_1x"]})
+    monkeypatch.setattr(zoo, "TILES", {"dcae_06": zoo.TILES["dcae_06"]})
+    assert run("--list", "--parameters") == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows == [
+        ["NAME", "FAMILY", "PARAMETERS", "PUBLISHED"],
+        ["bitdance_B_1x", "bitdance", "242.37M", "242M"],
+        ["dcae_06", "dcae", "142.67M", "142M"],
+    ]
+    assert run("--parameters", "a.pt", "b") == 2
+    assert "--parameters goes with --list" in capsys.readouterr().err
+
+
 def test_list_prints_the_zoo(capsys):
     assert run("--list") == 0
     lines = capsys.readouterr().out.splitlines()

@@ -30,10 +30,10 @@ def png(value: int) -> bytes:
 
 
 def test_unknown_source_names_the_choices():
-    message = "unknown data source 'lmdb', have ['bits', 'digits', 'folder', 'npz', 'tar', 'tfds']"
+    known = "['bits', 'digits', 'folder', 'list', 'npz', 'tar', 'tfds']"
     with pytest.raises(UserError) as error:
         data.make_source(config(source="lmdb"))
-    assert str(error.value) == message
+    assert str(error.value) == f"unknown data source 'lmdb', have {known}"
 
 
 def test_digits_are_white_on_black_at_the_size_asked_for():
@@ -87,6 +87,53 @@ def test_folder_errors(tmp_path):
     assert "has no class sub-folders" in error(tmp_path / "flat")
     (tmp_path / "flat" / "cat").mkdir()
     assert "cat' has no images (.bmp" in error(tmp_path / "flat")
+
+
+# list of files
+
+
+def listed(folder, text: str):
+    for value, name in enumerate(["a.png", "two words.png"]):
+        (folder / name).write_bytes(png(value))
+    path = folder / "val.txt"
+    path.write_text(text)
+    return data.make_source(config(source="list", path=str(path)))
+
+
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        ("a.png\n\ntwo words.png\n", [0, 0]),
+        ("a.png 3\r\ntwo words.png\t0\r\n", [3, 0]),
+        ("a.png 375 500\ntwo words.png 2 3", [0, 0]),  # height and width, as BitVAE's files
+    ],
+)
+def test_list_names_its_images(tmp_path, text, labels):
+    source = listed(tmp_path, text)
+    assert [source[i]["label"] for i in range(len(source))] == labels
+    assert [source[i]["image"] for i in range(2)] == [png(0), png(1)]
+    assert source[1]["name"] == str(tmp_path / "two words.png")
+    assert source.num_classes == max(labels) + 1 == len(source.class_names)
+
+
+def test_list_takes_absolute_paths_and_repetitions(tmp_path):
+    source = listed(tmp_path, f"{tmp_path}/a.png\n" * 5)
+    assert (len(source), source[4]["name"]) == (5, f"{tmp_path}/a.png")
+
+
+def test_list_errors_name_the_line(tmp_path):
+    with pytest.raises(UserError, match=r"val.txt line 3: there is no file .*/b.png$"):
+        listed(tmp_path, "a.png 1\n\nb.png 2\n")
+    with pytest.raises(UserError, match=r"line 2: not all lines have a label; wanted one image"):
+        listed(tmp_path, "a.png 1\ntwo words.png\n")
+    with pytest.raises(UserError, match="line 2: not all lines have a label"):
+        listed(tmp_path, "a.png\ntwo words.png 1\n")
+    with pytest.raises(UserError, match="is empty; wanted"):
+        listed(tmp_path, "\n \n")
+    (tmp_path / "no.txt").write_bytes(png(0))
+    for path, message in (("no.txt", "is no text"), ("other.txt", "does not exist; set config")):
+        with pytest.raises(UserError, match=message):
+            data.make_source(config(source="list", path=str(tmp_path / path)))
 
 
 # tar of tars

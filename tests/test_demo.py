@@ -239,6 +239,16 @@ def test_settings_are_read_and_checked(folder, tmp_path):
         demo.load(c)
 
 
+@pytest.mark.parametrize(("text", "value"), [("True", True), ("false", False), ("0", False)])
+def test_a_setting_of_yes_or_no_is_read(text, value):
+    c = settings.defaults()
+    c.sampler.unlikely = not value
+    settings._set(c, ["sampler", "unlikely"], text)
+    assert c.sampler.unlikely is value
+    with pytest.raises(UserError, match=r"config\.sampler\.unlikely takes bool, got 'maybe'"):
+        settings._set(c, ["sampler", "unlikely"], "maybe")
+
+
 def test_the_quickstart_is_named_where_there_is_none(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert demo.main(["demo"]) == 2

@@ -23,7 +23,11 @@ from bitgen import train
 ROOT = Path(__file__).parent.parent
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 DRIVER = shutil.which("chromedriver")
-PATIENCE = 120  # seconds: programs are compiled on machines that have much to do
+selenium, actions = (
+    pytest.importorskip(f"selenium.{name}", reason="selenium is not installed")
+    for name in ("common.exceptions", "webdriver.common.action_chains")
+)
+PATIENCE = 300  # seconds: programs are compiled on machines that have much to do
 GROUND = (30, 60, 220)  # of the uploaded digit, to tell it from the page
 
 pytestmark = [
@@ -91,8 +95,10 @@ def until(done):
     """Waits for something true, and returns it."""
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
-        if found := done():
-            return found
+        # What was found may be gone before it is looked at: the page draws it anew.
+        with contextlib.suppress(selenium.StaleElementReferenceException):
+            if found := done():
+                return found
         time.sleep(0.2)
     raise AssertionError("this took too long")
 
@@ -162,10 +168,9 @@ def shown(driver):
 
 def stroke(driver, path):
     """Paints on the picture; returns where in it, from what is seen."""
-    from selenium.webdriver.common.action_chains import ActionChains
-
     canvas = shown(driver)
-    hand = ActionChains(driver).move_to_element_with_offset(canvas, -60, -60).click_and_hold()
+    hand = actions.ActionChains(driver)
+    hand.move_to_element_with_offset(canvas, -60, -60).click_and_hold()
     for _ in range(5):
         hand = hand.move_by_offset(10, 6)
     hand.release().perform()
@@ -274,6 +279,9 @@ def test_the_other_tabs_show_what_they_promise(browser, tmp_path):
     tab(browser, "Bits of a token")
     click(browser, "#look")
     until(lambda: "row 0, column 0" in "".join(one.text for one in find(browser, "#words")))
-    click(browser, "#board img")  # its middle
+    (board,) = find(browser, "#board img")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", board)
+    # Not its middle, where four tokens meet.
+    actions.ActionChains(browser).move_to_element_with_offset(board, 20, 20).click().perform()
     until(lambda: "row 2, column 2" in "".join(one.text for one in find(browser, "#words")))
     assert images(browser, "#planes")

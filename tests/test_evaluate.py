@@ -11,8 +11,8 @@ import pytest
 import small
 from PIL import Image
 
-from bitgen import build, config, data, evaluate, model_directory, sample
-from bitgen.data.images import write_png
+from bitgen import build, config, data, evaluate, model_directory, reconstruct, sample
+from bitgen.data.images import center_crop, write_png
 from bitgen.errors import UserError
 from bitgen.evaluation import generation, store
 from bitgen.evaluation.features import make_extractor
@@ -214,12 +214,35 @@ def test_reconstruction(models, tmp_path):
     evaluate.run(c, tmp_path)
     (row,) = report(tmp_path)["results"]
     assert row["images"] == 20
-    assert {"psnr", "ssim", "rfid"} <= row.keys()
+    assert {"psnr", "ssim", "rfid", "bits_entropy"} <= row.keys()
+    assert row["bits_used"] == 1 - row["bits_dead"] / 4
     assert not {"ms_ssim", "lpips"} & row.keys()
     c.evaluate.protocol = "none"
     evaluate.run(c, tmp_path)
     (alone,) = report(tmp_path)["results"]
     assert alone == {k: v for k, v in row.items() if k != "rfid"}
+
+
+def test_reconstruct_of_a_list_measures_as_evaluate_does(models, digits, tmp_path):
+    for i in range(40):
+        write_png(tmp_path / f"{i}.png", digits[i])
+    (tmp_path / "val.txt").write_text("".join(f"{i}.png 32 32\n" for i in range(40)))
+    c = settings(models)
+    c.data.source, c.data.path = "list", str(tmp_path / "val.txt")
+    c.evaluate.kind, c.evaluate.images = "reconstruction", 0
+    evaluate.run(c, tmp_path)
+    (row,) = report(tmp_path)["results"]
+    c.reconstruct.update(protocol="random", split="all", batch_size=16, columns=5)
+    reconstruct.run(c, tmp_path)
+    found = json.loads((tmp_path / "reconstructions.json").read_text())
+    assert row["images"] == 40
+    assert found == {**row, "protocol": "random", "weights": report(tmp_path)["weights"]}
+    picture = np.asarray(Image.open(tmp_path / "reconstructions.png"))
+    assert picture.shape == (4 * 2 * 16, 5 * 16, 3)
+    shown = Image.fromarray(digits[6])  # the fourth of 20, evenly spread over 40
+    np.testing.assert_array_equal(picture[:16, 48:64], center_crop(shown, 16))
+    below = picture[16:32, 48:64].astype(float) - picture[:16, 48:64]
+    assert np.abs(below).mean() > 1  # what a tokenizer that nobody trained makes of it
 
 
 def test_probe(models, tmp_path):

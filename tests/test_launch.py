@@ -200,7 +200,7 @@ def test_gpu(tmp_path):
 
 def test_slurm(tmp_path):
     options = ["--nodes=4", "--partition=a100", "--sbatch=--account=my lab", f"--venv={tmp_path}"]
-    environment, folder, sbatch = dry("slurm", *options, env={"BITGEN_TIME": "2:00:00"})
+    environment, folder, sbatch, srun = dry("slurm", *options, env={"BITGEN_TIME": "2:00:00"})
     assert environment == environment_step(tmp_path, "convert", "jax[cuda13]")
     assert folder == ["mkdir", "-p", "runs/slurm"]
     assert sbatch[:4] == ["env", f"BITGEN_VENV={tmp_path}", "JAX_PLATFORMS=cuda,cpu", "sbatch"]
@@ -223,6 +223,8 @@ def test_slurm(tmp_path):
         ]
     )
     assert sbatch[sbatch.index("launch/slurm_job.sh") + 1 :] == RUN
+    assert srun[:2] == ["srun", "--kill-on-bad-exit=1"]
+    assert srun[2:] == [f"{tmp_path}/bin/python", "-m", "bitgen.main", *RUN]
 
 
 ZONE = ["--zone=us-west4-a", "--quiet"]
@@ -273,6 +275,10 @@ def test_tpu_does_all_in_order():
     assert found[11:13] == [[*QUEUED, "delete", "pod", "--force", *ZONE], request]
     check_begin(found[13:])
     assert "launch/tpu.sh delete --name=pod --zone=us-west4-a" in printed
+    begin = "#   there: "
+    there = [shlex.split(line[len(begin) :]) for line in printed.splitlines() if begin in line]
+    assert ["sudo", "mkdir", "-p", "/mnt/bitgen"] in there
+    assert there[-1][-len(RUN) :] == RUN
 
 
 @pytest.mark.parametrize(

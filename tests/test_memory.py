@@ -93,14 +93,13 @@ def test_xxls_compiled_step_takes_an_eighth_of_the_state():
     c.data.source, c.train.batch_size, c.model.remat = "bits", 8, True
     c.mesh.update({"data": 1, "fsdp": 8})
     mesh = make_mesh(**c.mesh)
-    traced, _ = traced_step(c, mesh)
+    traced, (state, _, _) = traced_step(c, mesh)
     compiled = traced.lower().compile()
-    whole = 22.05 * GIB
-    assert compiled.memory_analysis().argument_size_in_bytes == pytest.approx(whole / 8, rel=0.1)
+    held = compiled.memory_analysis().argument_size_in_bytes  # and a batch, which is small
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    assert held == pytest.approx(whole / 8, rel=0.1)
     parts = memory.resident(memory.shapes_task(c), mesh)
-    assert sum(parts.values()) == pytest.approx(
-        compiled.memory_analysis().argument_size_in_bytes, rel=0.1
-    )
+    assert sum(parts.values()) == pytest.approx(held, rel=0.1)
     assert compiled_bytes(compiled) > sum(parts.values())
 
 

@@ -1,10 +1,14 @@
 """Two real processes with four devices each do what one with eight does, and write it once.
 
-Run as a program, this file is the work that each process does.
+Run as a program, this file is the work that each process does: DIRECTORY; or a training that gets a
+signal as it begins a step, or freezes: SIGNAL|0 STEP PATIENCE DIRECTORY.
 """
 
+import ctypes
 import json
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
@@ -13,24 +17,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small
 
 ROOT = Path(__file__).parent.parent
-SPEED = ("images_per_second", "data_wait", "mfu")
-TINY = [
-    "--config=configs/digits_tokenizer.py",
-    "--config.data.image_size=8",
-    "--config.model.image_size=8",
-    "--config.model.multipliers=(1,1)",
-    "--config.train.batch_size=8",
-    "--config.train.log_every=1",
-    "--config.train.preview_every=0",
-]
+STEPS, EVERY = 12, 3  # of the training that is killed; steps between its checkpoints
 
 
 def work(root: Path) -> None:
     """Trains both kinds of model, tokenizes, samples and evaluates."""
-    import small
-
     from bitgen import distributed, evaluate, sample, tokenize, train
 
     distributed.start()
@@ -67,6 +61,39 @@ def work(root: Path) -> None:
     evaluate.run(c, root / "generation")
 
 
+def train_with_fault(number: int, at: int, patience: int, workdir: Path) -> None:
+    """Trains, with arrays that lie across both processes; at a step gets a signal, or freezes.
+
+    By then, the last checkpoint before it is on disk.
+    """
+    from bitgen import distributed, main, train
+    from bitgen.errors import UserError
+    from bitgen.watchdog import Watchdog
+
+    doing = Watchdog.doing
+
+    def watched(self, what, patient=False):
+        doing(self, what, patient)
+        if what == f"step {at}":
+            while not (workdir / "checkpoints" / str((at - 1) // EVERY * EVERY)).exists():
+                time.sleep(0.02)
+            if number:
+                os.kill(os.getpid(), number)
+            else:
+                ctypes.PyDLL(None).sleep(3600)  # no other thread of Python runs meanwhile
+
+    Watchdog.doing = watched
+    c = small.tokenizer()
+    c.mesh.data, c.mesh.fsdp = 1, 8
+    c.model.width = 64
+    c.train.steps, c.train.checkpoint_every, c.train.stuck_after = STEPS, EVERY, patience
+    try:
+        distributed.start()
+        train.run(c, workdir)
+    except UserError as e:
+        main._end(f"error: {e}", e.status)
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -90,16 +117,20 @@ def start(arguments, log, processes=1, index=0, port=0, devices=8, **more):
         )
 
 
-def start_two(arguments, folder):
-    """Starts two processes with four devices each; their output is FOLDER/0.log and 1.log."""
+def start_two(folder, *arguments, **more):
+    """Starts two processes with four devices each; their output is FOLDER/0.log and 1.log.
+
+    `arguments` are of both, or lists, one for each.
+    """
     port = free_port()
+    of_each = arguments if isinstance(arguments[0], list) else (arguments, arguments)
     return [
-        start(arguments, folder / f"{i}.log", processes=2, index=i, port=port, devices=4)
-        for i in range(2)
+        start(words, folder / f"{i}.log", processes=2, index=i, port=port, devices=4, **more)
+        for i, words in enumerate(of_each)
     ]
 
 
-def finish(processes, seconds=900):
+def finish(processes, seconds=1800):
     """Returns the exit statuses; ends what is still there after so many seconds."""
     end = time.monotonic() + seconds
     try:
@@ -109,12 +140,6 @@ def finish(processes, seconds=900):
             if process.poll() is None:
                 process.kill()
                 process.wait()
-
-
-def rows(workdir):
-    text = (workdir / "metrics.jsonl").read_text()
-    found = [json.loads(line) for line in text.splitlines()]
-    return [{k: v for k, v in row.items() if k not in SPEED} for row in found]
 
 
 def files(folder):
@@ -134,7 +159,6 @@ def files(folder):
 def runs(tmp_path_factory):
     """The same work by one process and by two."""
     import jax
-    import small
 
     from bitgen import build, data, model_directory
     from bitgen.data.images import write_png
@@ -156,16 +180,14 @@ def runs(tmp_path_factory):
         (root / who / "pictures" / "1" / "22.png").write_bytes(b"no image")
     one = start([__file__, str(root / "one")], root / "one.log")
     assert finish([one]) == [0], (root / "one.log").read_text()[-3000:]
-    assert finish(start_two([__file__, str(root / "two")], root)) == [0, 0], "\n".join(
-        (root / f"{i}.log").read_text()[-3000:] for i in range(2)
-    )
+    assert finish(start_two(root, __file__, str(root / "two"))) == [0, 0], logs(root)
     return root
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tokenizer", "generator"])
 def test_two_processes_have_the_losses_of_one(kind, runs):
-    one, two = rows(runs / "one" / kind), rows(runs / "two" / kind)
+    one, two = (small.rows(runs / who / kind) for who in ("one", "two"))
     assert [row["step"] for row in one] == [row["step"] for row in two] == [1, 2, 3, 3][: len(one)]
     assert "fid" in two[-1] or kind == "tokenizer"
     for ours, theirs in zip(two, one, strict=True):
@@ -213,14 +235,90 @@ def test_two_processes_measure_what_one_does(kind, runs):
             assert ours[name] == pytest.approx(theirs[name], rel=2e-2, abs=1e-3), name
 
 
-def wait_for_lines(path, count, processes, seconds=180):
-    end = time.monotonic() + seconds
-    while not path.exists() or path.read_text().count("\n") < count:
-        assert time.monotonic() < end
-        assert all(process.poll() is None for process in processes), "a process ended too early"
-        time.sleep(0.02)
+def logs(folder):
+    return "\n".join((folder / f"{i}.log").read_text()[-3000:] for i in range(2))
+
+
+class Training:
+    """A training of two processes in one workdir, started again and again."""
+
+    def __init__(self, root):
+        self.root, self.workdir = root, root / "run"
+        self.cache = {"JAX_COMPILATION_CACHE_DIR": str(root.parent / "compiled")}
+        root.mkdir()
+
+    def words(self, number=0, step=0, patience=600):
+        return [__file__, *map(str, (int(number), step, patience, self.workdir))]
+
+    def start(self, faulty=0, number=0, step=0, patience=600):
+        """Starts both; one of them gets a signal at a step, or freezes there."""
+        for i in range(2):
+            (self.root / f"{i}.log").unlink(missing_ok=True)
+        of_each = [
+            self.words(number, step, patience) if i == faulty else self.words(patience=patience)
+            for i in range(2)
+        ]
+        return start_two(self.root, *of_each, **self.cache)
+
+    def said(self, process):
+        return (self.root / f"{process}.log").read_text()
+
+    def resumed_at(self):
+        return int(self.said(0).split(f"resuming {self.workdir} at step ")[1].split()[0])
+
+
+@pytest.mark.slow
+def test_faults_of_one_process_of_two(tmp_path):
+    """Each is killed, one is told to stop, one freezes: the other says so, and both go on."""
+    whole, run = Training(tmp_path / "whole"), Training(tmp_path / "faults")
+    assert finish(whole.start()) == [0, 0], logs(whole.root)
+    host = socket.gethostname()
+
+    # The second process is killed at step 5, then the coordinator at step 8.
+    for killed, at in ((1, 5), (0, 8)):
+        processes = run.start(killed, signal.SIGKILL, at)
+        statuses = finish(processes)
+        assert statuses[killed] == -signal.SIGKILL, logs(run.root)
+        assert statuses[1 - killed] == 75, logs(run.root)
+        gone = f"error: process {killed} on {host} is gone: its process {processes[killed].pid} was"
+        line = run.said(1 - killed).split(gone)[1].splitlines()[0]
+        assert line.endswith("; the same command goes on from what is saved")
+    assert run.resumed_at() == 3
+
+    # One is told to stop: both do after the same step, two later, which they save.
+    assert finish(run.start(1, signal.SIGTERM, 8)) == [0, 0], logs(run.root)
+    assert run.resumed_at() == 6
+    assert "stopped by a signal: saved step 10, the same command goes on" in run.said(0)
+
+    # One that freezes is named, and the other does not wait for it.
+    processes = run.start(1, 0, 11, patience=15)
+    try:
+        assert processes[0].wait(1800) == 75, logs(run.root)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert run.resumed_at() == 10
+    named = rf"error: process 1 on {host}(: stuck for| gave no sign of life for) \d+ s"
+    assert re.search(named, run.said(0)), logs(run.root)
+
+    # What two began, one ends.
+    alone = start(run.words(), run.root / "0.log", **run.cache)
+    assert finish([alone]) == [0], run.said(0)
+    expected = {row["step"]: row for row in small.rows(whole.workdir)}
+    found = small.rows(run.workdir)
+    assert {row["step"] for row in found} == set(range(1, STEPS + 1))
+    assert len(found) <= STEPS + 2  # those after a save before a kill were done twice
+    for row in found:
+        if row["step"] <= 10:
+            assert row == expected[row["step"]]  # bit for bit
+        for name, value in row.items():
+            np.testing.assert_allclose(value, expected[row["step"]][name], rtol=1e-3, atol=1e-5)
+    assert not any((run.workdir / name).exists() for name in ("train.lock", "model.writing"))
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
-    work(Path(sys.argv[1]))
+    if len(sys.argv) == 2:
+        work(Path(sys.argv[1]))
+    else:
+        train_with_fault(*map(int, sys.argv[1:4]), Path(sys.argv[4]))

@@ -124,6 +124,27 @@ def test_every_released_file_is_there():
     assert "huggingface.co/shallowdream204/BitDance-ImageNet BitDance_B_16x.pt" in sources
 
 
+@pytest.mark.slow
+def test_parameters_are_as_many_as_published():
+    rows = [line.split() for line in zoo.parameter_table().splitlines()[1:]]
+    assert [row[0] for row in rows] == [*zoo.ZOO, *zoo.TILES]
+    assert set(zoo.PARAMETERS) <= {row[0] for row in rows}
+    for name, _, count, *published in rows:
+        if published:  # rounded, or cut off
+            scale = {"M": 1, "B": 1000}[published[0][-1]]
+            assert float(published[0][:-1]) * scale == pytest.approx(float(count[:-1]), rel=0.01)
+            assert published == [zoo.PARAMETERS[name]]
+
+
+def test_tiles_have_the_settings_of_their_manifests():
+    for name, fields in zoo.TILES.items():
+        spec = json.loads(gzip.decompress((MANIFESTS / f"{name}.json.gz").read_bytes()))
+        there = FAMILIES["dcae"].convert.hparams_from_reference(spec["hparams"])
+        ours = {**build.fields_of("tokenizer", "dcae"), **fields}
+        assert {key: ours[key] for key in there} == there
+        assert there["encoder_widths"] == fields["encoder_widths"]
+
+
 def test_the_table_says_what_can_be_used():
     lines = {line.split()[0]: line for line in zoo.table().splitlines()}
     assert list(lines) == ["NAME", *zoo.ZOO, *zoo.WEIGHTS]

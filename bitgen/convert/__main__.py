@@ -34,7 +34,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "python -m bitgen.convert",
         usage="""%(prog)s INPUT OUTPUT_DIR [--model=NAME] [--weights=ema|model] [--dtype=...]
        %(prog)s --to-torch MODEL_DIR OUT.pt [--tokenizer=MODEL_DIR]
-       %(prog)s --list""",
+       %(prog)s --list [--parameters]""",
         description="Checkpoint files to model directories and back.",
         allow_abbrev=False,
     )
@@ -47,9 +47,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--to-torch", action="store_true", help="write the file that the PyTorch code loads")
     add("--tokenizer", metavar="DIR", help="to write into the file of a BitDance trained here")
     add("--list", action="store_true", help="list the released checkpoints that are known")
+    add("--parameters", action="store_true", help="with --list: of each network, and as published")
     args = parser.parse_args(argv)
     if not args.list and (args.input is None or args.output is None):
         parser.error("INPUT and OUTPUT_DIR are needed")
+    if args.parameters and not args.list:
+        parser.error("--parameters goes with --list")
     return args
 
 
@@ -65,7 +68,7 @@ def _run(args: argparse.Namespace) -> None:
     quiet()
     absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs what we report
     if args.list:
-        print(zoo.table())
+        print(zoo.parameter_table() if args.parameters else zoo.table())
     elif args.to_torch:
         count = export_file(args.input, args.output, args.tokenizer)
         say(f"wrote {args.output}: {count} tensors")

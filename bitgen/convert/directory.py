@@ -4,8 +4,6 @@ import dataclasses
 import itertools
 import math
 import os
-import sys
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -28,6 +26,7 @@ from bitgen.convert.files import (
 )
 from bitgen.convert.rules import Plan, check_aliases, export_tensors, plan_import, read_slices
 from bitgen.errors import UserError, choose
+from bitgen.progress import Bar
 from bitgen.streaming import LazyArray
 
 
@@ -94,7 +93,8 @@ def import_file(
         raise UserError(f"{looks_like}; {e}") from None
     count = sum(map(math.prod, plan.leaves.values()))
     aside = sum(math.prod(tensors.shapes[name]) for name in plan.carried)
-    check_space(directory, count * to_dtype.itemsize + aside * 4)
+    total = count * to_dtype.itemsize + aside * 4
+    check_space(directory, total)
 
     entry = zoo.get(model) if model else zoo.find(family, hparams)
     info = {
@@ -110,9 +110,9 @@ def import_file(
         },
         "wrapping": wrapping,
     }
-    with _Progress(len(plan.fills) + len(plan.carried)) as progress:
-        params = _lazy_params(plan, tensors, target, to_dtype, progress)
-        carried = progress.count((name, tensors[name]) for name in plan.carried)
+    with Bar("converting", total, unit="B", lines=False) as bar:
+        params = _lazy_params(plan, tensors, target, to_dtype, bar)
+        carried = _counted(bar, ((name, tensors[name]) for name in plan.carried))
         model_directory.write(directory, info, params, carried)
     return Imported(model_directory.read_info(directory), count, plan)
 
@@ -146,8 +146,8 @@ def export_file(
         renamed = ((f"vae.{name}", value) for name, value in inner.tensors)
         tensors, size = itertools.chain(tensors, renamed), size + inner.size
     check_space(output.parent, size)
-    with _Progress(None) as progress:
-        return write_torch(output, progress.count(tensors), FAMILIES[model.family].wrapped)
+    with Bar("writing", size, unit="B", lines=False) as bar:
+        return write_torch(output, _counted(bar, tensors), FAMILIES[model.family].wrapped)
 
 
 class _Export(NamedTuple):
@@ -215,7 +215,7 @@ def _defaults(kind: str, family: str) -> dict[str, Any]:
 
 
 def _lazy_params(
-    plan: Plan, tensors: Tensors, target: Mapping, dtype: np.dtype, progress: "_Progress"
+    plan: Plan, tensors: Tensors, target: Mapping, dtype: np.dtype, bar: Bar
 ) -> dict[str, Any]:
     """Returns our nested parameters, each to be read from the file when it is asked for."""
 
@@ -228,7 +228,7 @@ def _lazy_params(
             try:
                 for fill, value in read_slices(part, tensors, dtype):
                     array[... if fill.index is None else fill.index] = value
-                    progress.add(value.nbytes)
+                    bar.add(value.nbytes)
             except UserError as e:
                 raise UserError(f"{tensors.path}: {e}") from None
             return array
@@ -243,31 +243,7 @@ def _tuples(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-class _Progress:
-    """A line on the terminal, if there is one: tensors and speed."""
-
-    def __init__(self, total: int | None):
-        self.total = f" of {total}" if total else ""
-        self.started = self.shown = time.monotonic()
-        self.tensors = self.bytes = 0
-
-    def add(self, size: int) -> None:
-        self.tensors, self.bytes = self.tensors + 1, self.bytes + size
-        now = time.monotonic()
-        if sys.stderr.isatty() and now - self.shown > 0.2:
-            speed = self.bytes / 1e6 / (now - self.started)
-            line = f"\rtensor {self.tensors}{self.total}, {speed:.0f} MB/s"
-            print(line, end="\033[K", file=sys.stderr, flush=True)
-            self.shown = now
-
-    def count(self, named: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
-        for name, value in named:
-            self.add(value.nbytes)
-            yield name, value
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if sys.stderr.isatty():
-            print(end="\r\033[K", file=sys.stderr, flush=True)
+def _counted(bar: Bar, named: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+    for name, value in named:
+        bar.add(value.nbytes)
+        yield name, value

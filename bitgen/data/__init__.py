@@ -29,9 +29,10 @@ __all__ = [
 def default_config() -> ConfigDict:
     """`config.data` with every key; the comments say what each takes."""
     config = ConfigDict()
-    # digits (scikit-learn's, no download) | folder | tar | tfds | npz | bits
+    # digits (scikit-learn's, no download) | folder | list | tar | tfds | npz | bits
     config.source = "digits"
     # folder: of PATH/class/name.jpg; tar: ILSVRC2012_img_train.tar or one laid out like it;
+    # list: a text file, a line for each image: its path, and maybe its label or height and width;
     # npz: a file of image, uint8 [n, H, W, 3], and maybe label [n];
     # bits: what --mode=tokenize wrote; tfds: its data_dir, '' for the default
     config.path = ""

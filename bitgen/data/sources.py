@@ -16,6 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
+from bitgen.data.listed import ListSource
 from bitgen.data.packed import PackedSource
 from bitgen.data.tar import TarSource
 from bitgen.errors import UserError, choose
@@ -74,7 +75,10 @@ class FolderSource:
 
     def __init__(self, path: str):
         root = Path(path)
-        layout = "wanted one sub-folder per class (PATH/cat/1.jpg); set config.data.path"
+        layout = (
+            "wanted one sub-folder per class (PATH/cat/1.jpg); set config.data.path, or "
+            "config.data.source=list for a text file that names the images"
+        )
         if not path or not root.is_dir():
             raise UserError(f"image folder {path!r} does not exist; {layout}")
         classes = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name[0] != ".")
@@ -225,6 +229,7 @@ class TfdsSource:
 SOURCES = {
     "digits": lambda c: DigitsSource(c.image_size),
     "folder": lambda c: FolderSource(c.path),
+    "list": lambda c: ListSource(c.path),
     "tar": lambda c: TarSource(c.path),
     "tfds": lambda c: TfdsSource(c.builder, c.builder_split, c.path),
     "npz": lambda c: NpzSource(c.path),

@@ -61,7 +61,7 @@ def _generate(gr: Any, tools: Tools) -> None:
             steps = parts.steps_of(gr, plan)
             button = gr.Button("Draw", variant="primary", elem_id="generate")
         with gr.Column(scale=2):
-            picture = parts.image_of(gr, "Images", "images")
+            picture = parts.image_of(gr, "Images", "images", titled=False)
             status = gr.Markdown(elem_id="status")
 
     def run(labels, count, seed, guidance, steps=None):
@@ -93,7 +93,7 @@ def _interpolate(gr: Any, tools: Tools) -> None:
                 0, 100, 0, step=1, label="Share of the second class, %", elem_id="share"
             )
             image = parts.image_of(gr, "Image", "between")
-            gallery = parts.gallery_of(gr, "All")
+            gallery = parts.gallery_of(gr, "All", columns=6)
     way = gr.State([])
 
     def run(first, second, steps, seed, guidance):
@@ -165,9 +165,11 @@ def _redraw(gr: Any, tools: Tools, state: Any, editor: Any) -> None:
             kind = gr.Radio(_KINDS, value="inpaint", label="What to do")
             label = parts.class_or_none(gr, tools)
             count = gr.Slider(1, tools.limits.images, 4, step=1, label="Variants")
-            seed = parts.seed_of(gr)
-            guidance = parts.guidance_of(gr, "inpaint")
-            steps = gr.Slider(1, 100, KINDS["inpaint"].iterations, step=1, label="Steps")
+            # Closed, so that the button is seen without scrolling.
+            with gr.Accordion("More settings", open=False):
+                seed = parts.seed_of(gr)
+                guidance = parts.guidance_of(gr, "inpaint")
+                steps = gr.Slider(1, 100, KINDS["inpaint"].iterations, step=1, label="Steps")
             button = gr.Button("Redraw", variant="primary", elem_id="redraw")
         with gr.Column(scale=2):
             laid = parts.gallery_of(gr, "In your picture", "laid")
@@ -260,7 +262,8 @@ def _bits(gr: Any, tools: Tools, state: Any) -> None:
         with gr.Column(scale=2):
             words = gr.Markdown(elem_id="words")
             flipped = parts.gallery_of(gr, "What one bit does", columns=3)
-            planes = parts.image_of(gr, "Planes of bits", "planes")
+            gr.Markdown("Planes of bits: white tokens have the bit set, and what share of all do.")
+            planes = parts.image_of(gr, "Planes of bits", "planes", titled=False)
 
     def look(picture, row, column, bit, scale):
         token = looks.look_at_token(

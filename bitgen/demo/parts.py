@@ -46,8 +46,8 @@ def seed_of(gr: Any) -> Any:
 
 def guidance_of(gr: Any, kind: str) -> Any:
     """Returns a slider for the guidance of a kind of edit."""
-    value = KINDS[kind].guidance
-    return gr.Slider(1, 12, value, step=0.1, label="Guidance (of use with a class)")
+    label = "Guidance" if "labels" in KINDS[kind].needs else "Guidance (of use with a class)"
+    return gr.Slider(1, 12, KINDS[kind].guidance, step=0.1, label=label)
 
 
 def steps_of(gr: Any, plan: Any) -> Any:
@@ -57,10 +57,11 @@ def steps_of(gr: Any, plan: Any) -> Any:
     return gr.Slider(1, 100, plan.iterations, step=1, label="Steps")
 
 
-def image_of(gr: Any, label: str, name: str) -> Any:
-    """Returns a place for one picture."""
+def image_of(gr: Any, label: str, name: str, titled: bool = True) -> Any:
+    """Returns a place for one picture; its title lies on the picture's corner."""
     return gr.Image(
         label=label,
+        show_label=titled,
         format="png",
         interactive=False,
         buttons=["download", "fullscreen"],
@@ -75,7 +76,6 @@ def gallery_of(gr: Any, label: str, name: str | None = None, columns: int = 4) -
         format="png",
         columns=columns,
         object_fit="contain",
-        height=260,
         interactive=False,
         buttons=["download", "fullscreen"],
         elem_id=name,

@@ -10,6 +10,7 @@ from bitgen import model_directory
 from bitgen.errors import UserError, choose
 from bitgen.samplers.images import default_plan
 
+_BOOLS = {"true": True, "1": True, "false": False, "0": False}
 QUICKSTART = "runs/digits/bigr/model"  # where launch/quickstart.sh leaves its generator
 
 
@@ -71,8 +72,8 @@ def _set(config: Any, keys: list[str], text: str) -> None:
         raise UserError(f"{seen}.{keys[-1]} is a group, set one of {sorted(value)}")
     kind: Any = type(value)
     try:
-        config[keys[-1]] = kind(text)
-    except ValueError:
+        config[keys[-1]] = _BOOLS[text.lower()] if kind is bool else kind(text)
+    except (KeyError, ValueError):
         raise UserError(f"{seen}.{keys[-1]} takes {kind.__name__}, got {text!r}") from None
 
 

@@ -13,8 +13,6 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from bitgen.errors import UserError
-from bitgen.model_directory import Model
-from bitgen.pixels import from_uint8, to_uint8
 
 _CELL, _GAP, _CAPTION, _FLOAT_BITS = 96, 4, 22, 32
 
@@ -69,20 +67,6 @@ def code_size(tokenizer: Any) -> dict[str, Any]:
         "bits_per_pixel": numbers * _FLOAT_BITS / size**2,
         "ratio": whole / numbers,
     }
-
-
-def reconstruct(
-    tokenizer: Model, images: UInt8[np.ndarray, "b H W 3"]
-) -> UInt8[np.ndarray, "b H W 3"]:
-    """Returns what becomes of images of the tokenizer's size."""
-
-    @jax.jit
-    def through(params, images):
-        variables = {"params": params}
-        codes = tokenizer.module.apply(variables, from_uint8(images), method="encode")
-        return to_uint8(tokenizer.module.apply(variables, codes, method="decode"))
-
-    return np.asarray(through(tokenizer.params, images))
 
 
 def page(

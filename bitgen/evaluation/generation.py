@@ -6,7 +6,6 @@ A reference is an npz file of ADM's form, a folder of images, or a split of a co
 import dataclasses
 import hashlib
 import json
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,8 @@ from bitgen.evaluation.store import FeatureStore
 from bitgen.labels import class_names_of, parse_labels
 from bitgen.logging import say
 from bitgen.mesh import even_batch, make_mesh, replicated
-from bitgen.samplers.images import image_keys, image_sampler, make_plan
+from bitgen.progress import Bar, counted
+from bitgen.samplers.images import image_keys, image_sampler, make_plan, prepare
 from bitgen.watchdog import Watchdog, watched
 
 Row = dict[str, Any]
@@ -108,14 +108,12 @@ class GeneratorRun:
         first = store.next_index
         if first:
             say(f"guidance {scale:g}: going on at image {first} of {store.count}")
-        started = time.monotonic()
-        for images in self._images(scale, first):
-            watch.doing(f"guidance {scale:g} after {store.next_index} images", patient=True)
-            for features in extractor.stream([images]):
-                store.add(features)
-            done = store.next_index
-            rate = (done - first) / (time.monotonic() - started)
-            say(f"guidance {scale:g}: measured {done}/{store.count}, {rate:.2f} images/s")
+        with Bar(f"guidance {scale:g}: measured", store.count, first=first) as bar:
+            for images in self._images(scale, first):
+                watch.doing(f"guidance {scale:g} after {store.next_index} images", patient=True)
+                for features in extractor.stream([images]):
+                    store.add(features)
+                bar.to(store.next_index)
         return summarise(store.read(), store.count)
 
     def remove_stores(self) -> None:
@@ -149,10 +147,11 @@ class GeneratorRun:
             self.mesh,
             self.config.sample.decode_batch,
         )
+        params = prepare(self.generator.module, self.generator.params)
         for start in range(first, count, size):
             indices = np.arange(start, start + size)
             images = sampler(
-                self.generator.params,
+                params,
                 self.tokenizer.params,
                 labels[np.minimum(indices, count - 1)],
                 image_keys(self.config.seed, indices),
@@ -174,11 +173,6 @@ def open_generator(config: Any, workdir: Path) -> GeneratorRun:
 
 
 def told(features: Iterable[dict], count: int, what: str, watch: Watchdog) -> Iterator[dict]:
-    """Passes features on, and says now and then how many of `count` have come."""
-    done, started, last = 0, time.monotonic(), time.monotonic()
-    for batch in watched(features, watch):
-        yield batch
-        done += len(batch["pool"])
-        if time.monotonic() - last > 10 or done >= count:
-            last = time.monotonic()
-            say(f"measured {done}/{count} of {what}, {done / (last - started):.1f} images/s")
+    """Passes features on, and tells how many of `count` have come."""
+    what = f"measured of {what}:"
+    return counted(watched(features, watch), what, count, lambda batch: len(batch["pool"]))

@@ -1,93 +1,20 @@
-"""How close reconstructions are, on 8-bit pixels: PSNR, SSIM, MS-SSIM, LPIPS of each, and rFID."""
+"""How close two images are, on 8-bit pixels: PSNR, SSIM, MS-SSIM."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Num, UInt8
+from jaxtyping import Array, Float, Num
 
-from bitgen.distributed import gather, place
 from bitgen.errors import UserError
-from bitgen.evaluation.features import Extractor, own_rows, pad_rows
-from bitgen.evaluation.frechet import frechet_distance
-from bitgen.evaluation.statistics import Moments, merge_over_hosts
-from bitgen.losses.lpips import lpips_distance
-from bitgen.mesh import BATCH, replicated, to_device
-from bitgen.pixels import from_uint8, to_uint8
 
 _TAPS, _SIGMA = 11, 1.5
 _C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 # Of each scale, fine to coarse: Wang, Simoncelli and Bovik (2003).
 _WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+SSIM_SIDE = _TAPS  # the smallest image that the window fits in
 MS_SSIM_SIDE = _TAPS * 2 ** (len(_WEIGHTS) - 1)  # the smallest image that has all scales
-
-
-def measure_tokenizer(
-    tokenizer: Any,
-    params: Any,
-    batches: Iterable[UInt8[np.ndarray, "b H W 3"]],
-    mesh: Mesh,
-    *,
-    rows: int,
-    lpips: Any = None,
-    extractor: Extractor | None = None,
-) -> dict[str, float]:
-    """Returns means over images by name: images, psnr, l1, ssim, ms_ssim, lpips, and rfid of all.
-
-    Reconstructions are rounded to 8 bits first. lpips: parameters of `lpips_distance`; without
-    them, and without an extractor, what needs them is left out, and so is SSIM below 11 pixels a
-    side and MS-SSIM below 176. `batches` have at most `rows` images, which the devices divide.
-    Over several processes each gives its own rows of every batch, and all get the same means.
-    """
-    program = _reconstructor(tokenizer, mesh)
-    variables = place((params, lpips), replicated(mesh))
-    values: dict[str, list[np.ndarray]] = {}
-    moments = [Moments(extractor.size) for _ in range(2)] if extractor else []
-    count = 0
-    for images in batches:
-        real = len(images)
-        placed = to_device({"image": pad_rows(images, rows)}, mesh)
-        found = {name: own_rows(x) for name, x in program(*variables, placed["image"]).items()}
-        reconstructions = found.pop("reconstruction")[:real]
-        mask = gather(np.arange(rows) < real)
-        for name, each in found.items():
-            values.setdefault(name, []).append(gather(each)[mask])
-        if extractor:
-            for running, part in zip(moments, (images, reconstructions), strict=True):
-                running.add(extractor(part)["pool"])
-        count += int(mask.sum())
-    if not count:
-        raise UserError("there are no images to reconstruct: look at config.data")
-    result: dict[str, float] = {"images": count}
-    if extractor:
-        both = (merge_over_hosts(running).gaussian() for running in moments)
-        result["rfid"] = frechet_distance(*both)
-    return result | {name: float(np.concatenate(each).mean()) for name, each in values.items()}
-
-
-def _reconstructor(tokenizer: Any, mesh: Mesh) -> Any:
-    def reconstruct(params, lpips, images):
-        codes = tokenizer.apply({"params": params}, from_uint8(images), method="encode")
-        made = to_uint8(tokenizer.apply({"params": params}, codes, method="decode"))
-        found = {"reconstruction": made, "psnr": psnr(images, made)}
-        found["l1"] = jnp.mean(jnp.abs(images / 255.0 - made / 255.0), axis=(1, 2, 3))
-        if min(images.shape[1:3]) >= _TAPS:
-            found["ssim"] = ssim(images, made)
-        if min(images.shape[1:3]) >= MS_SSIM_SIDE:
-            found["ms_ssim"] = ms_ssim(images, made)
-        if lpips is not None:
-            found["lpips"] = lpips_distance(lpips, from_uint8(images), from_uint8(made))
-        return found
-
-    return jax.jit(
-        jax.shard_map(
-            reconstruct, mesh=mesh, in_specs=(P(), P(), BATCH), out_specs=BATCH, check_vma=False
-        )
-    )
 
 
 def psnr(a: Num[Array, "b H W c"], b: Num[Array, "b H W c"]) -> Float[Array, " b"]:

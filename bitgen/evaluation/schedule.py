@@ -25,6 +25,7 @@ from bitgen.evaluation.statistics import (
     write_statistics,
 )
 from bitgen.logging import say
+from bitgen.progress import counted
 
 
 def small_fid(
@@ -127,7 +128,12 @@ def start(config: Any, task: Any, mesh: Mesh, extractor: Extractor, workdir: Pat
     if path.is_file():
         seen = read_statistics(path, extractor.protocol, extractor.digest)
     else:
-        moments = _moments(task.real_images(mesh, rows, limit), extractor)
+        images = task.real_images(mesh, rows, limit)
+        several = jax.process_count()
+        told = counted(
+            images, f"reference of {task.fid_name}:", limit or None, lambda x: len(x) * several
+        )
+        moments = _moments(told, extractor)
         pool = moments.gaussian()
         seen = Summary(moments.count, pool)
         if jax.process_index() == 0:

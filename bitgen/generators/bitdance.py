@@ -266,7 +266,7 @@ class Block(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x, rotations, cache=None, start: Any = 0, length: int | None = None):
+    def __call__(self, x, rotations, cache=None, start: Any = 0):
         """-> x and, with a cache, the new one (see `SelfAttention`)."""
         drop = nn.Dropout(self.dropout, deterministic=self.dropout == 0)
         attention = SelfAttention(self.heads, self.attention, self.dtype, name="attention")
@@ -278,7 +278,7 @@ class Block(nn.Module):
         if cache is None:
             y = attention(y, rotations, mask)
         else:
-            y, cache = attention(y, rotations, mask, cache, start, length)
+            y, cache = attention(y, rotations, mask, cache, start)
         x = x + drop(y)
         x = x + drop(mlp(RMSNorm(self.norm_eps, name="mlp_norm")(x)))
         return x, cache if cache is not None else x if self.features else None

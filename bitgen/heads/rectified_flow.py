@@ -15,6 +15,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from bitgen.errors import UserError
+from bitgen.nn.matmul import DotGeneral
 from bitgen.nn.mlp import GatedMLP
 from bitgen.nn.norms import Dtype, layer_norm
 from bitgen.nn.sinusoids import sinusoids
@@ -52,7 +53,9 @@ class RectifiedFlowHead(nn.Module):
         normal, zeros = nn.initializers.normal(0.02), nn.initializers.zeros
 
         def dense(features, init):
-            return nn.Dense(features, kernel_init=init, dtype=self.dtype)
+            return nn.Dense(
+                features, kernel_init=init, dtype=self.dtype, dot_general_cls=DotGeneral
+            )
 
         self.time_in, self.time_out = dense(self.width, normal), dense(self.width, normal)
         self.cond_in, self.bits_in = dense(self.width, _xavier), dense(self.width, _xavier)
@@ -249,7 +252,11 @@ class _Attention(nn.Module):
     @nn.compact
     def __call__(self, x):
         heads = max(1, self.width // _HEAD_DIM)
-        options: dict[str, Any] = {"kernel_init": _xavier, "dtype": self.dtype}
+        options: dict[str, Any] = {
+            "kernel_init": _xavier,
+            "dtype": self.dtype,
+            "dot_general_cls": DotGeneral,
+        }
         qkv = nn.DenseGeneral((3, heads, self.width // heads), name="qkv", **options)(x)
         q, k, v = (qkv[..., i, :, :] for i in range(3))  # [..., p, heads, head_dim]
         scale = q.shape[-1] ** -0.5

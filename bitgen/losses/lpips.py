@@ -150,10 +150,12 @@ def load_lpips(source: str | Path) -> dict[str, dict[str, np.ndarray]]:
 def _download() -> Path:
     try:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.utils import logging
+        from huggingface_hub.utils import disable_progress_bars, logging
     except ImportError as error:
         raise UserError("LPIPS from the hub: run pip install 'bitgen[convert]' first") from error
     logging.set_verbosity_error()  # our one line says what its lines for each try would
+    if jax.process_index():
+        disable_progress_bars()
     try:
         return Path(hf_hub_download(HUB_REPOSITORY, HUB_FILE))
     except Exception as error:  # the client raises its own, the network's and the system's errors

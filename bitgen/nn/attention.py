@@ -8,6 +8,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
+from bitgen.nn.matmul import DotGeneral
 from bitgen.nn.norms import Dtype
 from bitgen.nn.rope import rotate
 
@@ -34,24 +35,28 @@ class SelfAttention(nn.Module):
         mask: Bool[np.ndarray, "n n"] | None = None,
         cache: tuple[Any, Any] | None = None,
         start: Any = 0,
-        length: int | None = None,
     ) -> Any:
         """Returns what each token reads from all tokens, or from those that its mask row allows.
 
         With a `cache`, keys and values [b, heads, N, head_dim] of earlier tokens, the n tokens are
-        stored from position `start` on, and read what the first `length` positions hold up to the
-        last of them; the result is a pair with the new cache.
+        stored from position `start` on and read all positions up to the last of them; the result
+        is a pair with the new cache.
         """
         width = x.shape[-1]
         init = nn.initializers.normal(0.02)
-        options = {"use_bias": False, "kernel_init": init, "dtype": self.dtype}
+        options = {
+            "use_bias": False,
+            "kernel_init": init,
+            "dtype": self.dtype,
+            "dot_general_cls": DotGeneral,
+        }
         qkv = nn.DenseGeneral((3, self.heads, width // self.heads), name="qkv", **options)(x)
         q, k, v = (qkv[:, :, i] for i in range(3))  # [b, n, heads, head_dim]
         q, k = rotate(q, rotations), rotate(k, rotations)
         if cache is None:
             y = attend(q, k, v, mask, self.implementation)
         else:
-            y, cache = _attend_cached(q, k, v, cache, start, length, mask)
+            y, cache = _attend_cached(q, k, v, cache, start, mask)
         y = nn.DenseGeneral(width, axis=(-2, -1), name="out", **options)(y)
         return y if cache is None else (y, cache)
 
@@ -80,7 +85,7 @@ def attend(
     return jax.nn.dot_product_attention(q, k, v, implementation=implementation, **options)[:, :n]
 
 
-def _attend_cached(q, k, v, cache, start, length, mask):
+def _attend_cached(q, k, v, cache, start, mask):
     """New keys and values go into the cache in place; scores are float32."""
     at = (0, 0, start, 0)
     keys, values = (
@@ -88,14 +93,15 @@ def _attend_cached(q, k, v, cache, start, length, mask):
         for old, new in zip(cache, (k, v), strict=True)
     )
     n, scale = q.shape[1], q.shape[-1] ** -0.5
-    near_keys, near_values = keys[:, :, :length], values[:, :, :length]
-    logits = jnp.einsum("bqhc,bhkc->bhqk", q * scale, near_keys, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("bqhc,bhkc->bhqk", q * scale, keys, preferred_element_type=jnp.float32)
     if mask is None:  # the n tokens are drawn together and see each other
-        seen = jnp.arange(near_keys.shape[2]) < start + n
+        seen = jnp.arange(keys.shape[2]) < start + n
         seen = seen[None, None, None]
     else:  # from the start of the sequence
-        seen = np.zeros((n, near_keys.shape[2]), bool)
+        seen = np.zeros((n, keys.shape[2]), bool)
         seen[:, :n] = mask
         seen = seen[None, None]
-    probs = jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1).astype(near_values.dtype)
-    return jnp.einsum("bhqk,bhkc->bqhc", probs, near_values), (keys, values)
+    probs = jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1).astype(values.dtype)
+    y = jnp.einsum("bhqk,bhkc->bhqc", probs, values)
+    # Without the barrier XLA turns the product around, which takes four times as long on a CPU.
+    return jax.lax.optimization_barrier(y).swapaxes(1, 2), (keys, values)

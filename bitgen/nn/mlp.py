@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from bitgen.nn.matmul import DotGeneral
 from bitgen.nn.norms import Dtype
 
 
@@ -47,6 +48,7 @@ class GatedMLP(nn.Module):
             "use_bias": self.use_bias,
             "kernel_init": self.kernel_init,
             "dtype": self.dtype,
+            "dot_general_cls": DotGeneral,
         }
         y = nn.DenseGeneral((2, self.hidden), name="gate_up", **options)(x)  # [..., 2, hidden]
         y = nn.silu(y[..., 0, :]) * y[..., 1, :]

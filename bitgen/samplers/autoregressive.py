@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from bitgen.errors import UserError
+from bitgen.nn.matmul import FEATURES_FIRST
 from bitgen.samplers.guidance import guidance_schedule
 
 
@@ -26,11 +27,15 @@ class AutoregressivePlan:
     segments: int = 4  # loops, each reading only as much of the cache as it has filled
 
 
-class State(NamedTuple):
-    """What the next group needs: a cache of keys and values [r, heads, N, head_dim] a layer."""
+class Prepared(NamedTuple):
+    """A generator's parameters as the loops read them."""
 
-    params: Any  # of the generator, layers unstacked
-    caches: tuple[tuple[Array, Array], ...]
+    variables: Any  # of the generator but for its layers
+    layers: tuple[Any, ...]  # the variables of each
+
+
+# Keys and values of a layer, each [r, heads, N, head_dim].
+Cache = tuple[Array, Array]
 
 
 def sample_bits(
@@ -44,7 +49,7 @@ def sample_bits(
 
     Args:
       generator: a BitDance.
-      params: its parameters.
+      params: its parameters, or what `prepare` made of them.
       labels: of the images.
       keys: one key an image, so that an image does not depend on its batch.
       plan: the settings.
@@ -57,14 +62,19 @@ def sample_bits(
         raise UserError(f"the sampler needs at least one segment, got {plan.segments}")
     guided = plan.guidance != 1
 
-    null = jnp.full_like(labels, generator.num_classes)
-    state, cond = start(generator, params, jnp.concatenate([labels, null]) if guided else labels)
+    prepared = params if isinstance(params, Prepared) else prepare(generator, params)
+    # The unconditional rows are one until the first group is drawn.
+    null = jnp.full((1 if guided else 0,), generator.num_classes, labels.dtype)
+    caches, cond = start(generator, prepared, jnp.concatenate([labels, null]))
+    if guided:
+        each = np.minimum(np.arange(2 * b), b)
+        caches, cond = jax.tree.map(lambda x: x[each], (caches, cond))
 
     def draw(cond, index, scale):
         """[r, p, d] -> bits of the group [b, p, k]; rows after the first b are unconditional."""
         group_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
         uncond = cond[b:] if guided else None
-        return _head(generator, state.params, cond[:b], uncond, group_keys, plan, scale)
+        return _head(generator, prepared.variables, cond[:b], uncond, group_keys, plan, scale)
 
     def both(bits):
         return jnp.concatenate([bits, bits]) if guided else bits
@@ -75,24 +85,23 @@ def sample_bits(
         first_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
         other_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, groups)
         first_keys = jnp.concatenate([first_keys, other_keys])
-        rows = _head(generator, state.params, cond, None, first_keys, plan, 1.0)
+        rows = _head(generator, prepared.variables, cond, None, first_keys, plan, 1.0)
         first = rows[:b]
     else:
         first = draw(cond, 0, scales[0])
         rows = both(first)
 
-    drawn, caches = [first[None]], state.caches
+    drawn = [first[None]]
     parts = np.array_split(np.arange(1, groups), plan.segments)
     for part in (part for part in parts if len(part)):
-        # Positions that the cache holds after this part.
-        length = generator.first + int(part[-1]) * generator.together
+        caches = grow(caches, generator.first + int(part[-1]) * generator.together)
 
-        def body(carry, x, length=length):
+        def body(carry, x):
             caches, rows = carry
             index, scale = x
-            new, cond = advance(generator, State(state.params, caches), rows, index, length)
+            caches, cond = advance(generator, prepared, caches, rows, index)
             bits = draw(cond, index, scale)
-            return (new.caches, both(bits)), bits
+            return (caches, both(bits)), bits
 
         xs = jnp.asarray(part), jnp.asarray(scales[part])
         (caches, rows), bits = jax.lax.scan(body, (caches, rows), xs)
@@ -100,56 +109,98 @@ def sample_bits(
     return generator.arrange(jnp.concatenate(drawn).swapaxes(0, 1))
 
 
-def start(
-    generator: Any, params: Any, labels: Int[Array, " r"]
-) -> tuple[State, Float[Array, "r p d"]]:
-    """Returns the state after the class tokens, and the head's conditioning of the first group."""
-    # Once here, not once a token.
+def prepare(generator: Any, params: Any) -> Prepared:
+    """Returns parameters as the loops read them: layers unstacked, kernels cast.
+
+    On a CPU also kernels features first, which takes as long as a few groups: worth doing once for
+    many calls.
+    """
     params = jax.tree.map_with_path(
         lambda path, x: x.astype(generator.dtype) if path[-1].key == "kernel" else x, params
     )
-    layers = tuple(
-        jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(generator.layers)
+    stacked = jax.vmap(lambda layer: _variables(generator.block(), layer, *_one_group(generator)))(
+        params["layers"]
     )
-    params = {**params, "layers": layers}
+    layers = (jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(generator.layers))
+    rest = {name: value for name, value in params.items() if name != "layers"}
+    return Prepared(_variables(generator, rest, method=_all_products), tuple(layers))
+
+
+def start(
+    generator: Any, prepared: Prepared, labels: Int[Array, " r"]
+) -> tuple[tuple[Cache, ...], Float[Array, "r p d"]]:
+    """Returns each layer's cache of the class tokens, and the conditioning of the first group."""
     head_dim = generator.width // generator.heads
-    shape = (len(labels), generator.heads, generator.length, head_dim)
+    shape = (len(labels), generator.heads, generator.first, head_dim)
     empty = jnp.zeros(shape, generator.dtype)
-    state = State(params, ((empty, empty),) * generator.layers)
-    x = _apply(generator, params, labels, method="embed_labels")
-    return _through_layers(generator, state, x, 0, generator.first, 0)
+    x = generator.apply(prepared.variables, labels, method="embed_labels")
+    return _through_layers(generator, prepared, ((empty, empty),) * generator.layers, x, 0, 0)
+
+
+def grow(caches: tuple[Cache, ...], length: int) -> tuple[Cache, ...]:
+    """Returns caches with room for `length` positions."""
+
+    def pad(x):
+        return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0)))
+
+    return jax.tree.map(pad, caches)
 
 
 def advance(
-    generator: Any, state: State, bits: Bool[Array, "r p k"], index: Any, length: int
-) -> tuple[State, Float[Array, "r p d"]]:
-    """Returns the state after the group before `index`, and the conditioning of group `index`.
+    generator: Any,
+    prepared: Prepared,
+    caches: tuple[Cache, ...],
+    bits: Bool[Array, "r p k"],
+    index: Any,
+) -> tuple[tuple[Cache, ...], Float[Array, "r p d"]]:
+    """Returns the caches after the group before `index`, and the conditioning of group `index`.
 
-    `length` is a static bound on the positions filled by then.
+    The caches must have room for it.
     """
-    x = _apply(generator, state.params, bits, method="embed_bits")
+    x = generator.apply(prepared.variables, bits, method="embed_bits")
     position = generator.first + (index - 1) * generator.together
-    return _through_layers(generator, state, x, position, length, index)
+    return _through_layers(generator, prepared, caches, x, position, index)
 
 
-def _through_layers(generator, state, x, position, length, index):
+def _through_layers(generator, prepared, caches, x, position, index):
     p = generator.together
     rotations = jax.lax.dynamic_slice_in_dim(
         jnp.asarray(generator.rotations()), position, x.shape[1]
     )
-    block, caches = generator.block(), []
-    for params, cache in zip(state.params["layers"], state.caches, strict=True):
-        x, cache = block.apply({"params": params}, x, rotations, cache, position, length)
-        caches.append(cache)
-    positions = jax.lax.dynamic_slice_in_dim(state.params["position_embedding"], index * p, p)
-    cond = _apply(generator, state.params, x[:, -p:], positions, method="condition")
-    return State(state.params, tuple(caches)), cond
+    block, after = generator.block(), []
+    for layer, cache in zip(prepared.layers, caches, strict=True):
+        x, cache = block.apply(layer, x, rotations, cache, position)
+        after.append(cache)
+    embedding = prepared.variables["params"]["position_embedding"]
+    positions = jax.lax.dynamic_slice_in_dim(embedding, index * p, p)
+    cond = generator.apply(prepared.variables, x[:, -p:], positions, method="condition")
+    return tuple(after), cond
 
 
-def _head(generator, params, cond, uncond, keys, plan, scale):
-    return _apply(
-        generator,
-        params,
+def _variables(module, params, *group, method=None):
+    """-> the parameters, and on a CPU the kernels that a pass over one group stores."""
+    variables = {"params": params}
+    if jax.default_backend() != "cpu":
+        return variables
+    _, stored = module.apply(variables, *group, method=method, mutable=[FEATURES_FIRST])
+    return {**variables, **stored}
+
+
+def _one_group(generator):
+    x = jnp.zeros((1, generator.together, generator.width), generator.dtype)
+    return x, jnp.asarray(generator.rotations()[: generator.together])
+
+
+def _all_products(generator):
+    x, p = _one_group(generator)[0], generator.together
+    tokens = jnp.zeros((1, p, generator.token_bits))
+    generator.embed_bits(tokens > 0)
+    generator.head.predict(tokens, jnp.zeros(1), x)
+
+
+def _head(generator, variables, cond, uncond, keys, plan, scale):
+    return generator.apply(
+        variables,
         cond,
         uncond,
         keys,
@@ -157,7 +208,3 @@ def _head(generator, params, cond, uncond, keys, plan, scale):
         scale=scale,
         method=lambda module, *args, **kwargs: module.head.sample(*args, **kwargs),
     )
-
-
-def _apply(generator, params, *args, **kwargs):
-    return generator.apply({"params": params}, *args, **kwargs)

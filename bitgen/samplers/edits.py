@@ -14,9 +14,9 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from bitgen.logging import say
 from bitgen.mesh import BATCH, batch_sharding, replicated, shards_of_batch
 from bitgen.pixels import from_uint8, to_uint8
+from bitgen.progress import Bar
 from bitgen.samplers.images import image_keys
 from bitgen.samplers.masked import MaskedPlan, sample_bits
 
@@ -160,23 +160,25 @@ def draw(
     size = -(-min(batch_size, total) // shards) * shards
     several = sum(map(len, work.rounds)) > 1
     bits, images = [], []
-    for start in range(0, total, size):
-        # The last batch is filled up, so that there is one program.
-        rows = np.minimum(np.arange(start, start + size), total - 1)
-        keys, classes = image_keys(seed, work.indices[rows]), work.classes[rows]
-        state, shown, passes = np.repeat(work.known[None], size, axis=0), [], 0
-        for masks in work.rounds:
-            for mask in masks:
-                # With one mask the keys are those of `sample`: same key and class, same image.
-                these = _fold(keys, passes) if several else keys
-                state = redraw(generator[1], classes, state, these, mask)
-                passes += 1
-            shown.append(view(tokenizer[1], state))
-            done = min(start + size, total)
-            say(f"drew {done}/{total} images, round {len(shown)}/{len(work.rounds)}")
-        shown = jax.device_get(shown)
-        bits.append(np.stack([made for made, _ in shown], axis=1)[: total - start])
-        images.append(np.stack([made for _, made in shown], axis=1)[: total - start])
+    starts = range(0, total, size)
+    with Bar("drew", len(starts) * sum(map(len, work.rounds)), unit="passes") as bar:
+        for start in starts:
+            # The last batch is filled up, so that there is one program.
+            rows = np.minimum(np.arange(start, start + size), total - 1)
+            keys, classes = image_keys(seed, work.indices[rows]), work.classes[rows]
+            state, shown, passes = np.repeat(work.known[None], size, axis=0), [], 0
+            for masks in work.rounds:
+                for mask in masks:
+                    # With one mask the keys are those of `sample`: same key and class, same image.
+                    these = _fold(keys, passes) if several else keys
+                    state = redraw(generator[1], classes, state, these, mask)
+                    passes += 1
+                    jax.block_until_ready(state)
+                    bar.add(1)
+                shown.append(view(tokenizer[1], state))
+            shown = jax.device_get(shown)
+            bits.append(np.stack([made for made, _ in shown], axis=1)[: total - start])
+            images.append(np.stack([made for _, made in shown], axis=1)[: total - start])
     return np.concatenate(bits), np.concatenate(images)
 
 

@@ -1,6 +1,7 @@
 """Labels in, images out: a sampler and a tokenizer's decoder as one program over the mesh."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -35,7 +36,7 @@ def default_plan(family: str) -> Plan:
 
 def make_plan(generator: Any, settings: Mapping[str, Any]) -> Plan:
     """Returns the plan for a generator; raises UserError if the settings are another family's."""
-    family, (_, plan, _) = _sampler_of(generator)
+    family, (_, plan, _) = _family_of(generator)
     names = [field.name for field in dataclasses.fields(plan)]
     if sorted(settings) != sorted(names):
         raise UserError(
@@ -45,7 +46,12 @@ def make_plan(generator: Any, settings: Mapping[str, Any]) -> Plan:
     return plan(**settings)
 
 
-def _sampler_of(generator: Any):
+def sampler_of(generator: Any) -> Callable[..., jax.Array]:
+    """Returns f(generator, params, labels [b], keys [b], plan) -> bits of a family."""
+    return _family_of(generator)[1][2]
+
+
+def _family_of(generator: Any) -> tuple[str, tuple[type, type[Plan], Callable[..., jax.Array]]]:
     return next(item for item in SAMPLERS.items() if isinstance(generator, item[1][0]))
 
 
@@ -54,15 +60,26 @@ def image_keys(seed: int, indices: np.ndarray) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(indices))
 
 
+def prepare(generator: Any, params: Any) -> Any:
+    """Returns what samplers take in place of parameters, worth making once for many calls.
+
+    Only BitDance's on a CPU are others (see `autoregressive.prepare`).
+    """
+    if isinstance(generator, BitDance) and jax.default_backend() == "cpu":
+        return jax.jit(functools.partial(autoregressive.prepare, generator))(params)
+    return params
+
+
 def image_sampler(
     generator: Any, tokenizer: Any, plan: Plan, mesh: Mesh, decode_batch: int = 0
 ) -> Callable[[Any, Any, np.ndarray, jax.Array], jax.Array]:
     """Returns f(generator params, tokenizer params, labels [b], keys [b]) -> uint8 [b, H, W, 3].
 
-    b must be a multiple of the devices that split a batch. `decode_batch` bounds how many images a
+    The generator's parameters may be what `prepare` made of them. b must be a multiple of the
+    devices that split a batch. `decode_batch` bounds how many images a
     device decodes at a time; 0: all.
     """
-    _, (_, _, sample_bits) = _sampler_of(generator)
+    sample_bits = sampler_of(generator)
 
     def sample(generator_params, tokenizer_params, labels, keys):
         bits = sample_bits(generator, generator_params, labels, keys, plan)

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, PRNGKeyArray, UInt8
 
+from bitgen.generators.bigr import BiGR
 from bitgen.generators.bitdance import BitDance
 from bitgen.pixels import to_uint8
-from bitgen.samplers import autoregressive, masked
-from bitgen.samplers.images import Plan
+from bitgen.samplers import masked
+from bitgen.samplers.images import Plan, sampler_of
 
 Bits = Bool[Array, "b h w k"]
 Drawn = Bool[Array, "b h w"]
@@ -27,7 +28,9 @@ def _decode(tokenizer, params, bits):
 
 # The static arguments are the modules, the plan and the window: equal ones share a program.
 _iteration = jax.jit(masked.iteration, static_argnums=(0, 4, 5))
-_autoregressive = jax.jit(autoregressive.sample_bits, static_argnums=(0, 4))
+_sampled = jax.jit(
+    lambda generator, *inputs: sampler_of(generator)(generator, *inputs), static_argnums=(0, 4)
+)
 _embed, _decode = (jax.jit(function, static_argnums=0) for function in (_embed, _decode))
 
 
@@ -44,10 +47,15 @@ def bits_steps(
     """Yields the bits and which tokens are drawn after each step; the last are all of the image.
 
     The last bits are those that the family's `sample_bits` gives. A BiGR is watched at work;
-    BitDance, in whose loop a token takes too little time to stop at, is replayed in its order.
+    BitDance, in whose loop a token takes too little time to stop at, is replayed in its order; of
+    any other family there is the last alone.
     """
     if isinstance(generator, BitDance):
         yield from _replayed(generator, params, labels, keys, plan)
+        return
+    if not isinstance(generator, BiGR):
+        bits = _sampled(generator, params, jnp.asarray(labels), keys, plan)
+        yield bits, jnp.ones(bits.shape[:3], bool)
         return
     classes = _embed(generator, params, jnp.asarray(labels))
     classes, (bits, mask), parts = masked.begin(generator, params, classes, plan)
@@ -89,7 +97,7 @@ def image_steps(
 
 
 def _replayed(generator: BitDance, params, labels, keys, plan) -> Iterator[tuple[Bits, Drawn]]:
-    bits = _autoregressive(generator, params, jnp.asarray(labels), keys, plan)
+    bits = _sampled(generator, params, jnp.asarray(labels), keys, plan)
     groups = generator.tokens // generator.together
     # The number of its group at each bit of a token, arranged as the bits are.
     numbers = jnp.arange(groups)[None, :, None, None]

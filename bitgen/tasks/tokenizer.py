@@ -19,6 +19,7 @@ from bitgen.errors import UserError
 from bitgen.evaluation.features import own_rows, pad_rows
 from bitgen.evaluation.images import pixels
 from bitgen.evaluation.reconstruction import psnr
+from bitgen.evaluation.round_trip import bit_entropy, bit_usage, through
 from bitgen.evaluation.schedule import data_pass
 from bitgen.losses import adversarial
 from bitgen.losses.augment import diff_augment
@@ -30,8 +31,6 @@ from bitgen.state import TrainState, ema_update, with_leaves, with_params
 
 PyTree = Any
 LECAM_DECAY = 0.999  # of the running mean logits, arXiv 2104.03310
-# A bit that is set, or is not, in a smaller share of the tokens than this counts as dead.
-RARE = 1e-6
 
 
 class TokenizerTask:
@@ -171,15 +170,7 @@ class TokenizerTask:
         """Returns the scalars of a log interval, with how much of the code is in use."""
         p = self.bits_mean = metrics.pop("bits_mean", None)
         scalars = {name: float(value) for name, value in metrics.items()}
-        if p is None:  # continuous latents
-            return scalars
-        used = (p > RARE) & (p < 1 - RARE)
-        return {
-            **scalars,
-            "bits_used": float(used.mean()),
-            "bits_dead": float((~used).sum()),
-            "bits_entropy": float((_entropy(p) * used).mean()),
-        }
+        return scalars if p is None else {**scalars, **bit_usage(p)}  # None: continuous latents
 
     def preview(self, state: TrainState, batch: dict) -> dict[str, np.ndarray]:
         """Returns pictures: images above the averaged model's reconstructions, and each bit's use.
@@ -191,7 +182,7 @@ class TokenizerTask:
         recon = whole(self._reconstruct(state.ema, images))
         pictures = {"reconstructions": paired_grid(images, recon, 16)}
         if (p := self.bits_mean) is not None:
-            pictures["bits"] = bars({"share of ones": p, "entropy": _entropy(p)})
+            pictures["bits"] = bars({"share of ones": p, "entropy": bit_entropy(p)})
         return pictures
 
     @functools.cached_property
@@ -200,8 +191,7 @@ class TokenizerTask:
 
     def _through(self, params, images):
         """uint8 images -> their reconstructions, not clipped."""
-        bits = self.module.apply({"params": params}, from_uint8(images), method="encode")
-        return self.module.apply({"params": params}, bits, method="decode")
+        return through(self.module, params, images)[1]
 
     def errors(
         self, params: PyTree, frozen: PyTree, batch: dict, key: jax.Array
@@ -374,9 +364,3 @@ def _last_sown(moved: PyTree) -> PyTree:
         moved,
         is_leaf=lambda leaf: isinstance(leaf, tuple),
     )
-
-
-def _entropy(p: np.ndarray) -> np.ndarray:
-    """Of coins, in bits."""
-    q = np.clip(p, 1e-12, 1 - 1e-12)
-    return -(q * np.log2(q) + (1 - q) * np.log2(1 - q))

