@@ -1,0 +1,261 @@
+"""Times the original PyTorch code and bitgen in turn, on the same synthetic weights of real size.
+
+    python tests/side_by_side.py bitdance_B_16x --reference=BitDance/imagenet_gen --batch=4
+
+`--reference` is a checkout of the original: shallowdream204/BitDance's `imagenet_gen` for
+`bitdance_*`, haoosz/BiGR for `bigr_*`. Each runs in a process of its own that is warm before the
+first round, and the two take turns, so that a busy moment of the machine meets both. Generators
+draw bits, not images: `bitdance_ae_d16c32` and `bigr_bae_*` time encoding and decoding. It prints
+medians, ranges and the ratio; float32, as many threads as there are cores, the original eager
+unless `--compiled`.
+"""
+
+import argparse
+import gzip
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from synthetic import synthetic_state_dict
+
+MANIFESTS = Path(__file__).parent / "manifests"
+GUIDANCE = {"bitdance": 3.2, "bigr": 2.5}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = sorted(path.name.removesuffix(".json.gz") for path in MANIFESTS.glob("bi*.json.gz"))
+    names = [n for n in names if n.startswith(("bitdance_", "bigr_"))]
+    parser.add_argument("name", choices=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument("--reference", type=Path, required=True, help="checkout of the original")
+    parser.add_argument("--batch", type=int, default=1, help="images")
+    parser.add_argument("--steps", type=int, default=100, help="of the head or the denoiser")
+    parser.add_argument("--iterations", type=int, default=20, help="of BiGR's sampler")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--compiled", action="store_true", help="the original by torch.compile")
+    parser.add_argument("--worker", choices=["original", "bitgen"], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if not options.reference.is_dir():
+        parser.error(f"--reference={options.reference} is no directory: {parser.description}")
+    if options.worker:
+        work(options)
+        return
+    env = {**os.environ, **({} if options.compiled else {"TORCHDYNAMO_DISABLE": "1"})}
+    workers = {
+        kind: subprocess.Popen(
+            [sys.executable, *sys.argv, f"--worker={kind}"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
+        for kind in ("original", "bitgen")
+    }
+    try:
+        take_turns(workers, options)
+    finally:
+        for worker in workers.values():
+            worker.terminate()
+
+
+def take_turns(workers: dict[str, subprocess.Popen], options: argparse.Namespace) -> None:
+    """Prints the times of each call that both workers have."""
+    calls = {kind: json.loads(answer(worker)) for kind, worker in workers.items()}
+    for call in calls["bitgen"]:
+        seconds: dict[str, list[float]] = {kind: [] for kind in workers}
+        for _ in range(options.rounds):
+            for kind, worker in workers.items():
+                assert worker.stdin is not None
+                worker.stdin.write(f"{call}\n")
+                worker.stdin.flush()
+                seconds[kind].append(float(answer(worker)))
+        told = (
+            f"{kind} {statistics.median(s):.3g} s ({min(s):.3g} to {max(s):.3g})"
+            for kind, s in seconds.items()
+        )
+        ratio = statistics.median(seconds["original"]) / statistics.median(seconds["bitgen"])
+        told = "  ".join([*told, f"ratio {ratio:.2f}"])
+        print(f"{options.name} {call}, batch {options.batch}:  {told}", flush=True)
+
+
+def answer(worker: subprocess.Popen) -> str:
+    """Returns what a worker says next, after what the original prints."""
+    assert worker.stdout is not None
+    for line in worker.stdout:
+        if line.startswith("> "):
+            return line[2:]
+    raise SystemExit("a worker ended: its error is above")
+
+
+def work(options: argparse.Namespace) -> None:
+    """Says its calls once they are warm, and then the seconds of each that it is asked for."""
+    spec = json.loads(gzip.decompress((MANIFESTS / f"{options.name}.json.gz").read_bytes()))
+    make = original_calls if options.worker == "original" else bitgen_calls
+    calls = make(spec, synthetic_state_dict(spec), options)
+    for call in calls.values():
+        call()
+    print(">", json.dumps(list(calls)), flush=True)
+    for name in sys.stdin:
+        begin = time.perf_counter()
+        calls[name.strip()]()
+        print(">", time.perf_counter() - begin, flush=True)
+
+
+# ------------------------------------------------------------------------------- the original
+def original_calls(spec: dict, tensors: dict, options) -> dict[str, Callable[[], object]]:
+    import torch
+
+    sys.path.insert(0, str(options.reference))
+    # Neither is needed on a CPU, and both want a GPU's compiler.
+    flash = types.ModuleType("flash_attn")
+    flash.flash_attn_func = None  # type: ignore[attr-defined]
+    sys.modules.setdefault("flash_attn", flash)
+    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_grad_enabled(False)
+    tensors = {name: torch.as_tensor(value) for name, value in tensors.items()}
+    make = {"bitdance": _bitdance, "gfq_ae": _gfq_ae, "bigr": _bigr, "binary_ae": _binary_ae}
+    return make[spec["family"]](spec["hparams"], tensors, options)
+
+
+def _bitdance(h: dict, tensors: dict, options) -> dict:
+    import torch
+
+    several = h.get("parallel_num", 1) > 1
+    if several:
+        from src import model_parallel as source
+    else:
+        from src import model as source
+    fields = {
+        "resolution": 256,
+        "down_size": 16,
+        "patch_size": 1,
+        "latent_dim": 32,
+        "diff_batch_mul": 4,
+        "cls_token_num": 64,
+        "num_classes": 1000,
+        "P_std": 0.8,
+        "P_mean": -0.8,
+    }
+    if several:
+        fields |= {"parallel_num": h["parallel_num"], "parallel_mode": "patch"}
+    model = source.BitDance_models[h["size"]](**fields)
+    model.load_state_dict(tensors)
+    model.eval()
+    model.vae.decode = lambda x: x
+    labels = torch.arange(options.batch)
+    return {"sample": lambda: model.sample(labels, options.steps, GUIDANCE["bitdance"])}
+
+
+def _gfq_ae(h: dict, tensors: dict, options) -> dict:
+    import torch
+    from src import qae
+
+    model = qae.VQModel(types.SimpleNamespace(**h))
+    model.load_state_dict(tensors, strict=False)
+    model.eval()
+    images = torch.randn(options.batch, 3, 256, 256).clamp(-1, 1)
+    codes = torch.sign(torch.randn(options.batch, h["z_channels"], 16, 16))
+    return {"encode": lambda: model.encode(images), "decode": lambda: model.decode(codes)}
+
+
+def _bigr(h: dict, tensors: dict, options) -> dict:
+    import torch
+    from llama.gpt import BIGR_models
+
+    model = BIGR_models["-".join(("BiGR", options.name.split("_")[1]))](
+        block_size=h["block_size"],
+        num_classes=h["num_classes"],
+        cls_token_num=h["cls_token_num"],
+        binary_size=h["binary_size"],
+        p_flip=h["p_flip"],
+        n_sample_steps=h["n_sample_steps"],
+        infer_steps=options.steps,
+        use_adaLN=h["use_adaLN"],
+        seq_len=h["seq_len"],
+    )
+    model.load_state_dict(tensors, strict=False)
+    model.eval()
+    labels = torch.arange(options.batch)
+
+    def sample():
+        model.generate_with_cfg(
+            cond=labels,
+            max_new_tokens=h["block_size"],
+            cond_padding=h["cls_token_num"],
+            num_iter=options.iterations,
+            out_dim=h["binary_size"],
+            cfg_scale=GUIDANCE["bigr"],
+            gumbel_temp=0.01,
+            gumbel_schedule="down",
+            sample_logits=True,
+            proj_emb=None,
+        )
+
+    return {"sample": sample}
+
+
+def _binary_ae(h: dict, tensors: dict, options) -> dict:
+    import torch
+    from bae.binaryae import BinaryAutoEncoder
+
+    model = BinaryAutoEncoder(types.SimpleNamespace(**h))
+    tensors = {n.removeprefix("ae."): t for n, t in tensors.items() if n.startswith("ae.")}
+    model.load_state_dict(tensors, strict=False)
+    model.eval()
+    size = h["img_size"]
+    images = torch.rand(options.batch, 3, size, size)
+    codes = (torch.randn(options.batch, h["codebook_size"], size // 16, size // 16) > 0).float()
+    return {"encode": lambda: model.encode(images), "decode": lambda: model.decode(codes)}
+
+
+# ------------------------------------------------------------------------------------- bitgen
+def bitgen_calls(spec: dict, tensors: dict, options) -> dict[str, Callable[[], object]]:
+    import jax
+    import jax.numpy as jnp
+
+    from bitgen import build
+    from bitgen.convert.directory import FAMILIES
+    from bitgen.convert.rules import import_tensors
+    from bitgen.samplers.images import default_plan, image_keys, prepare, sampler_of
+
+    family = spec["family"]
+    kind = "generator" if family in GUIDANCE else "tokenizer"
+    source = FAMILIES[family].convert
+    hparams = source.hparams_from_reference(spec["hparams"])
+    module = build.make_module(kind, family, hparams)
+    if family == "bitdance":
+        tensors = {n: t for n, t in tensors.items() if not n.startswith("vae.")}
+    params, _ = import_tensors(source.table(hparams), tensors, build.param_shapes(module))
+    params = jax.device_put(params)
+    if kind == "generator":
+        fields = {"guidance": GUIDANCE[family]}
+        if family == "bitdance":
+            fields["head_steps"] = options.steps
+        else:
+            fields |= {"denoiser_steps": options.steps, "iterations": options.iterations}
+        plan = type(default_plan(family))(**fields)
+        params = jax.block_until_ready(prepare(module, params))
+        inputs = jnp.arange(options.batch), image_keys(0, np.arange(options.batch))
+        sample_bits = sampler_of(module)
+        program = jax.jit(lambda p, *xs: sample_bits(module, p, *xs, plan))
+        return {"sample": lambda: jax.block_until_ready(program(params, *inputs))}
+    shape = (options.batch, module.image_size, module.image_size, 3)
+    images = jax.random.uniform(jax.random.key(0), shape, minval=-1.0)
+    codes = jax.random.bernoulli(jax.random.key(1), 0.5, (len(images), *module.grid, module.bits))
+
+    def call(method, x):
+        program = jax.jit(lambda p, x: module.apply({"params": p}, x, method=method))
+        return lambda: jax.block_until_ready(program(params, x))
+
+    return {"encode": call("encode", images), "decode": call("decode", codes)}
+
+
+if __name__ == "__main__":
+    main()
