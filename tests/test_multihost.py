@@ -143,7 +143,10 @@ def finish(processes, seconds=1800):
 
 
 def files(folder):
-    """What a user finds there; the names within Orbax's folders and of TensorBoard differ."""
+    """What a user finds there; the names within Orbax's folders and of TensorBoard differ.
+
+    That of the reference has a digest of the paths of the data.
+    """
     names = set()
     for path in folder.rglob("*"):
         name = str(path.relative_to(folder))
@@ -151,7 +154,7 @@ def files(folder):
             part in name for part in ("checkpoints/", "params/", "events.out", "heartbeats")
         )
         if path.is_file() and not inner:
-            names.add(name)
+            names.add(re.sub(r"fid_reference_[0-9a-f]+", "fid_reference", name))
     return names
 
 
