@@ -47,6 +47,5 @@ def get_config():
     c.sampler.iterations = 16
     c.sampler.guidance = 2.0
     c.sampler.denoiser_steps = 32
-    c.sample.labels = "0-9"
     c.sample.per_label = 10
     return c

@@ -52,6 +52,5 @@ def get_config(size: str = "1x"):
     c.optim.ema = 0.99
     c.sampler.guidance = 2.0
     c.sampler.head_steps = 32
-    c.sample.labels = "0-9"
     c.sample.per_label = 10
     return c
