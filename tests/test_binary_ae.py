@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from bitgen import build
+from bitgen.errors import UserError
 from bitgen.tokenizers.binary_ae import BinaryAutoencoder, decoder_layout, encoder_layout
 
 SMALL = {
@@ -119,3 +120,9 @@ def test_released_sizes(fields, grid, attention):
     times = int(fields.get("decoder_multiplier", 1))
     assert decoder.count("res") == 2 + 5 * 2 * times
     assert decoder.count("attn") == 1 + (attention - 1) * times
+
+
+def test_a_width_that_the_norms_cannot_split_is_one_line():
+    module = BinaryAutoencoder(**{**SMALL, "width": 48})
+    with pytest.raises(UserError, match=r"48 channels, its norm 32 groups .* multiple of 32"):
+        build.param_shapes(module)

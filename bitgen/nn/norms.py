@@ -1,9 +1,13 @@
 """Normalisation layers that compute in float32 whatever the activations are."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
+
+from bitgen.errors import UserError
 
 Dtype = jnp.dtype | type
 
@@ -75,6 +79,19 @@ def layer_norm(x: Float[Array, "*b d"], epsilon: float = 1e-6) -> Float[Array, "
     return y.astype(x.dtype)
 
 
-def group_norm(name: str | None, dtype: Dtype) -> nn.GroupNorm:
+class GroupNorm(nn.GroupNorm):
+    """Flax's, but for one line where the channels do not fit its groups."""
+
+    def __call__(self, x: Any, **options: Any) -> Any:
+        """Returns x normalised; raises UserError unless its groups divide its channels."""
+        if x.shape[-1] % (self.num_groups or 1):
+            raise UserError(
+                f"a layer has {x.shape[-1]} channels, its norm {self.num_groups} groups of them: "
+                f"choose a width that is a multiple of {self.num_groups}"
+            )
+        return super().__call__(x, **options)
+
+
+def group_norm(name: str | None, dtype: Dtype) -> GroupNorm:
     """Returns the 32-group norm of the VQGAN family (epsilon 1e-6, statistics in float32)."""
-    return nn.GroupNorm(32, epsilon=1e-6, use_fast_variance=False, dtype=dtype, name=name)
+    return GroupNorm(32, epsilon=1e-6, use_fast_variance=False, dtype=dtype, name=name)
