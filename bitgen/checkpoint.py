@@ -76,8 +76,8 @@ class Checkpoints:
     def save(self, step: int, state: Any, data_state: Any) -> None:
         """Starts saving; the arrays may be donated as soon as this returns.
 
-        A disk that is full, also while the save before this one was written, raises UserError; what
-        was saved before stays.
+        A disk without space for it, or filled while the save before this one was written, raises
+        UserError; what was saved before stays.
         """
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state),
@@ -85,7 +85,11 @@ class Checkpoints:
             config=ocp.args.JsonSave(self.config),
         )
         self.wait()
-        self.saving = (step, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        self.saving = (step, size)
+        # Seen before anything is written: threads that fail to write all have a traceback to show.
+        if not all_agree(shutil.disk_usage(self.directory).free >= size):
+            raise self._no_space()
         try:
             self.manager.save(step, args=args)
         except Exception as e:
@@ -166,9 +170,12 @@ class Checkpoints:
         """-> what to raise of a save that failed: one line about a full disk, or the error."""
         if self.saving is None or not is_full(error):
             return error
-        step, size = self.saving
-        for rest in self.directory.glob(f"{step}.*tmp*"):
+        for rest in self.directory.glob(f"{self.saving[0]}.*tmp*"):
             shutil.rmtree(rest, ignore_errors=True)
+        return self._no_space()
+
+    def _no_space(self) -> UserError:
+        step, size = self.saving or (0, 0)
         kept = [s for s in self.manager.all_steps(read=True) if s != step]
         free = shutil.disk_usage(self.directory).free
         return UserError(

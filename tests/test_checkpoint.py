@@ -149,17 +149,21 @@ def test_what_a_killed_save_leaves_is_removed(saved, tmp_path):
     assert not rest.exists()
 
 
-@pytest.mark.parametrize("errors", ["python", "tensorstore"])
+@pytest.mark.parametrize("errors", ["python", "tensorstore", "seen before"])
 def test_a_full_disk_is_one_line_and_keeps_what_was_saved(errors, saved, tmp_path, monkeypatch):
     shutil.copytree(saved, tmp_path / "run")
     checkpoints = open_checkpoints(tmp_path / "run")
 
     def fail(*args, **kwargs):
+        assert errors != "seen before"
         if errors == "python":
             raise OSError(28, os.strerror(28))
         raise ValueError(f"RESOURCE_EXHAUSTED: Error writing: {os.strerror(28)} [source]")
 
     with monkeypatch.context() as patch:
+        if errors == "seen before":
+            usage = shutil.disk_usage(tmp_path)._replace(free=7)
+            patch.setattr(shutil, "disk_usage", lambda path: usage)
         patch.setattr(checkpoints.manager, "save", fail)
         with pytest.raises(UserError) as caught:
             checkpoints.save(6, state(6), {"next_example": 48})

@@ -251,7 +251,8 @@ def test_a_full_disk_ends_a_run_and_with_more_space_it_goes_on(whole, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     first, again = done.stderr.split("status 2\n")
-    line = first.splitlines()[-1]  # behind what the thread that saves says
+    line = first.splitlines()[-1]
+    assert "Traceback" not in first
     assert f"error: no space for the checkpoint of step 4 in {tmp_path}/run/checkpoints" in line
     assert "that of step 2 is kept; free some and start the same command again" in line
     assert f"resuming {tmp_path}/run at step 2" in again

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import small
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -88,15 +89,11 @@ def test_killed_at_a_random_step_and_resumed_equals_uninterrupted(tmp_path):
     resumed = run(*config, f"--workdir={killed}")
     assert resumed.returncode == 0, resumed.stderr
 
-    def rows(workdir):
-        text = (workdir / "metrics.jsonl").read_text()
-        for line in text.splitlines():
-            row = json.loads(line)
-            for speed in ("images_per_second", "data_wait", "mfu"):
-                row.pop(speed, None)
-            yield row["step"], row
-
-    ours, theirs = list(rows(killed)), dict(rows(tmp_path / "whole"))
+    ours, theirs = (
+        [(row["step"], row) for row in small.rows(workdir)]
+        for workdir in (killed, tmp_path / "whole")
+    )
+    theirs = dict(theirs)
     assert {step for step, _ in ours} == set(theirs) == set(range(1, 15))
     for step, row in ours:  # the steps between the checkpoint and the kill are there twice
         assert row == theirs[step], f"killed at {at}, step {step} differs"

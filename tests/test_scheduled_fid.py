@@ -37,8 +37,7 @@ def measured(c):
 
 
 def rows(workdir, name):
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if name in row]
+    return [row for row in small.rows(workdir) if name in row]
 
 
 def evaluated(c, workdir):

@@ -16,8 +16,6 @@ from bitgen.convert.rules import export_tensors
 from bitgen.errors import UserError
 from bitgen.mesh import make_mesh
 
-SPEED = ("images_per_second", "data_wait", "mfu")
-
 
 @pytest.fixture(autouse=True)
 def _handlers():
@@ -26,12 +24,6 @@ def _handlers():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
-
-
-def metrics(workdir):
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    return [{k: v for k, v in row.items() if k not in SPEED} for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +64,7 @@ def test_resumed_equals_uninterrupted(kind, trained, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             train.run(make(), tmp_path)
     train.run(make(), tmp_path)
-    rows, whole = metrics(tmp_path), metrics(trained / kind)
+    rows, whole = small.rows(tmp_path), small.rows(trained / kind)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 5, 6]
     assert rows[:5] + rows[6:] == whole  # bit for bit
     assert rows[4] == rows[5]
@@ -98,7 +90,7 @@ def test_sigterm_saves_and_the_run_goes_on(trained, tmp_path, monkeypatch, capsy
     assert "saved step 4" in capsys.readouterr().err
     train.run(small.tokenizer(), tmp_path)
     assert "resuming" in capsys.readouterr().err
-    assert metrics(tmp_path) == metrics(trained / "tokenizer")
+    assert small.rows(tmp_path) == small.rows(trained / "tokenizer")
     train.run(small.tokenizer(), tmp_path)
     assert "nothing to do" in capsys.readouterr().err
 
@@ -113,7 +105,9 @@ def test_one_and_eight_devices_take_the_same_steps(trained, tmp_path, monkeypatc
         with monkeypatch.context() as patch:
             patch.setattr(train, "make_mesh", lambda one=one, **_: one)
             train.run(make(), tmp_path / kind)
-        for ours, theirs in zip(metrics(tmp_path / kind), metrics(trained / kind), strict=True):
+        for ours, theirs in zip(
+            small.rows(tmp_path / kind), small.rows(trained / kind), strict=True
+        ):
             assert ours.keys() == theirs.keys()
             for name in ours:
                 np.testing.assert_allclose(
@@ -171,7 +165,7 @@ def test_adversarial_stage_starts_at_its_step(tmp_path):
     c.train.preview_every = 100
     c.train.steps = 4
     train.run(c, tmp_path)
-    rows = metrics(tmp_path)
+    rows = small.rows(tmp_path)
     assert ["discriminator" in row for row in rows] == [False, False, True, True]
     assert ["lecam" in row for row in rows] == [False, False, True, True]
     assert all(0 < row["gan_weight"] <= 1 for row in rows[2:])
@@ -201,7 +195,7 @@ def test_training_on_stored_bits_needs_no_tokenizer(trained, tmp_path):
     c = small.generator("")
     c.data.source, c.data.path = "bits", str(trained / "bits")
     train.run(c, tmp_path)
-    assert metrics(tmp_path)[-1]["step"] == 6
+    assert small.rows(tmp_path)[-1]["step"] == 6
     info = model_directory.read_info(tmp_path / "model")
     assert info["origin"]["tokenizer"] == model_directory.identity(trained / "tokenizer" / "model")
 
@@ -269,7 +263,7 @@ def test_bitdance_trains_in_parts_and_samples_in_chunks(trained, tmp_path):
     c = small.bitdance(trained / "tokenizer" / "model")
     c.train.batch_size, c.train.accumulate = 16, 2
     train.run(c, tmp_path)
-    assert [row["step"] for row in metrics(tmp_path)] == [1, 2]
+    assert [row["step"] for row in small.rows(tmp_path)] == [1, 2]
     grids = []
     for chunk in (0, 2):
         c.sample.labels, c.sample.per_label, c.sample.batch_size = "0-3", 6, 24
@@ -383,7 +377,7 @@ def test_broken_images_are_named_and_too_many_stop_the_run(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         train.run(c, tmp_path / "run")
     assert "05.png" in caplog.text
-    assert metrics(tmp_path / "run")[-1]["broken_images"] >= 1
+    assert small.rows(tmp_path / "run")[-1]["broken_images"] >= 1
     c.data.max_broken_share = 0.01
     with pytest.raises(UserError, match=r"cannot be read .*first: .*05.png"):
         train.run(c, tmp_path / "stopped")

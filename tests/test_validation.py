@@ -1,6 +1,5 @@
 """`config.train.validate_every`: errors of the averaged model on what is not trained on."""
 
-import json
 import signal
 
 import numpy as np
@@ -24,8 +23,7 @@ def _handlers():
 def run(c, workdir, every=2):
     c.train.steps, c.train.validate_every = 4, every
     train.run(c, workdir)
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if "val_examples" in row]
+    return [row for row in small.rows(workdir) if "val_examples" in row]
 
 
 @pytest.fixture(scope="module")

@@ -147,11 +147,10 @@ class GeneratorRun:
             self.mesh,
             self.config.sample.decode_batch,
         )
-        params = prepare(self.generator.module, self.generator.params)
         for start in range(first, count, size):
             indices = np.arange(start, start + size)
             images = sampler(
-                params,
+                self.generator.params,
                 self.tokenizer.params,
                 labels[np.minimum(indices, count - 1)],
                 image_keys(self.config.seed, indices),
@@ -169,6 +168,8 @@ def open_generator(config: Any, workdir: Path) -> GeneratorRun:
     labels = np.repeat(classes, config.sample.per_label)
     if len(labels) < 2:
         raise UserError("metrics need two images at least: raise config.sample.per_label")
+    # Once for all scales of guidance.
+    generator = dataclasses.replace(generator, params=prepare(generator.module, generator.params))
     return GeneratorRun(config, workdir / "evaluation.part", mesh, generator, tokenizer, labels)
 
 

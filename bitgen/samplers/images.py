@@ -76,8 +76,8 @@ def image_sampler(
     """Returns f(generator params, tokenizer params, labels [b], keys [b]) -> uint8 [b, H, W, 3].
 
     The generator's parameters may be what `prepare` made of them. b must be a multiple of the
-    devices that split a batch. `decode_batch` bounds how many images a
-    device decodes at a time; 0: all.
+    devices that split a batch. `decode_batch` bounds how many images a device decodes at a time;
+    0: all.
     """
     sample_bits = sampler_of(generator)
 
