@@ -243,12 +243,11 @@ def _dtype_of(module: Any) -> str:
 
 # --------------------------------------------------------------------- sampling
 def _sample(config: Any) -> dict[str, Any]:
-    """One image on one device, and a batch on all."""
+    """One image on one device, and batches on all."""
+    batches = _batches(str(config.benchmark.batches)) or [1, config.sample.batch_size]
     rows = []
-    for mesh, batch in (
-        (make_mesh(devices=jax.devices()[:1]), 1),
-        (make_mesh(**config.mesh), config.sample.batch_size),
-    ):
+    for batch in batches:
+        mesh = make_mesh(devices=jax.devices()[:1]) if batch == 1 else make_mesh(**config.mesh)
         size = even_batch(batch, mesh)
         generator, traced, shapes = traced_sampler(config, mesh, size)
         program = compile_program(traced, mesh.size)
@@ -261,6 +260,13 @@ def _sample(config: Any) -> dict[str, Any]:
         peaks = _peaks(_dtype_of(generator))
         rows.append(row(f"sample {size} images", size, program, timing, peaks))
     return {"rows": rows}
+
+
+def _batches(text: str) -> list[int]:
+    words = text.replace(" ", "").split(",") if text else []
+    if not all(word.isdecimal() and int(word) for word in words):
+        raise UserError(f"config.benchmark.batches={text}: numbers of images, such as 1,4,16")
+    return [int(word) for word in words]
 
 
 def traced_sampler(config: Any, mesh: Any, size: int) -> tuple[Any, Any, tuple[Any, Any]]:

@@ -134,6 +134,8 @@ def base(generator: str = "bigr") -> Any:
     # all, or some of memory, tokenizer, train, sample, compile: train,sample; all: all but compile
     config.benchmark.kind = "all"
     config.benchmark.repeats = 5  # timed, after one that is not; a repeat is a second or a call
+    # Of sample: images drawn at once, 1,4,16,64; '': one, and config.sample.batch_size of them.
+    config.benchmark.batches = ""
     config.benchmark.device = ""  # of memory: TPU v5e, H100, ...; '': the devices here
     config.benchmark.devices = 0  # of memory: so many of them; 0: as many as are here
     # Of compile: devices that need not be here, v5e:2x4 (TPUs), cpu:8; '': the devices here.

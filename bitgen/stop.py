@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 
 from bitgen.mesh import to_device
 
-_LAG = 1  # steps after which is read what a step found, so that devices do not wait for hosts
+# Steps after which one is waited for: devices never wait for hosts, and a stop for no more steps.
+_LAG = 1
 
 
 class StopSignal:
@@ -44,9 +45,13 @@ class StopSignal:
         return self.received and nothing_new
 
     def after(self, metrics: dict[str, Any]) -> bool:
-        """Returns whether to end after a step; to be asked of every one. Takes `stop` out."""
-        if self.several:
-            self.found.append(metrics.pop("stop"))
-            if len(self.found) > _LAG:
-                self.received = bool(self.found.popleft())
+        """Returns whether to end after a step; to be asked of every one. Takes `stop` out.
+
+        Waits for the step before, or hosts would be hundreds of steps ahead when a signal comes.
+        """
+        self.found.append(metrics.pop("stop") if self.several else metrics["loss"])
+        if len(self.found) > _LAG:
+            found = jax.block_until_ready(self.found.popleft())
+            if self.several:
+                self.received = bool(found)
         return self.received

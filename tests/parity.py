@@ -3,8 +3,12 @@
 Prints the largest error of each array and exits 1 if one is beyond tolerance: atol = rtol = 2e-4,
 or 2e-3 for `*_full`; Monte-Carlo statistics in standard errors. The weights are made from the
 tensors' names (`synthetic.py`) and loaded through the conversion tables.
+
+`--dtype=bfloat16` and `--steps=N`, of a generator's head, tell what these cost: they draw samples
+alone, whose statistics are held against those of the original's own dtype and steps.
 """
 
+import argparse
 import json
 import re
 import sys
@@ -23,10 +27,10 @@ from bitgen.convert.rules import import_tensors
 from bitgen.heads.bernoulli import BernoulliHead, chain_times, marginal
 from bitgen.losses.adversarial import PatchDiscriminator
 from bitgen.losses.lpips import lpips_distance, params_from_tensors
-from bitgen.samplers import autoregressive
+from bitgen.samplers import autoregressive, masked
 from bitgen.samplers.autoregressive import AutoregressivePlan
 from bitgen.samplers.images import image_keys
-from bitgen.samplers.masked import MaskedPlan, sample_bits
+from bitgen.samplers.masked import MaskedPlan
 from bitgen.tokenizers.multiscale import MultiScale, area_downsample
 from bitgen.tokenizers.quantizers import normalized
 
@@ -192,13 +196,17 @@ def lpips_results(spec: dict, arrays: Arrays, tolerance: float) -> Iterator[Resu
     yield close("distance", ours, arrays["distance"], tolerance)
 
 
+def generator(spec: dict, source: Any) -> tuple[Any, Any]:
+    """-> a golden's module and its parameters, by the conversion's module of its family."""
+    hparams = source.hparams_from_reference(spec["hparams"])
+    module = build.make_module("generator", spec["family"], hparams)
+    shapes = build.param_shapes(module)
+    return module, import_tensors(source.table(hparams), synthetic_state_dict(spec), shapes)[0]
+
+
 def bigr_results(spec: dict, arrays: Arrays, tolerance: float) -> Iterator[Result]:
     """BiGR: transformer, head, loss, chain of the head, and statistics of the whole sampler."""
-    hparams = bigr.hparams_from_reference(spec["hparams"])
-    module = build.make_module("generator", "bigr", hparams)
-    params, _ = import_tensors(
-        bigr.table(hparams), synthetic_state_dict(spec), build.param_shapes(module)
-    )
+    module, params = generator(spec, bigr)
 
     def apply(*args, method):
         return module.apply({"params": params}, *args, method=method)
@@ -209,7 +217,7 @@ def bigr_results(spec: dict, arrays: Arrays, tolerance: float) -> Iterator[Resul
     cond = apply(bits, mask, classes, method="hidden")
     yield close("denoiser_cond", cond, arrays["denoiser_cond"], tolerance)
     name = "denoiser_cond_interpolated_30_70_with_next_label"
-    other = apply((labels + 1) % hparams["num_classes"], method="embed_labels")
+    other = apply((labels + 1) % module.num_classes, method="embed_labels")
     cond = apply(bits, mask, 0.3 * classes + 0.7 * other, method="hidden")
     yield close(name, cond, arrays[name], tolerance)
     name = "features_per_layer_full_image"
@@ -222,7 +230,7 @@ def bigr_results(spec: dict, arrays: Arrays, tolerance: float) -> Iterator[Resul
         predict_flip=module.predict_flip,
     )
     yield from head_results(head, params["denoiser"], arrays, tolerance)
-    yield from statistics(module, params, spec, arrays)
+    yield from bigr_statistics(module, params, spec, arrays)
 
 
 def head_results(
@@ -275,8 +283,13 @@ def head_results(
     yield close(name, chain_times(head.steps, chain), arrays[name], 0.5)
 
 
-def statistics(module: Any, params: Any, spec: dict, arrays: Arrays) -> Iterator[Result]:
-    """Mean and covariance of the bits of many samples, in standard errors of the difference."""
+def bigr_statistics(
+    module: Any, params: Any, spec: dict, arrays: Arrays, steps: int | None = None
+) -> Iterator[Result]:
+    """Mean and covariance of the bits of many samples, in standard errors of the difference.
+
+    `steps` of the head, in place of the golden's.
+    """
     pattern = r"sample_bit_mean_(\d+)_label(\d+)_iter(\d+)_cfg([\d.]+)(\D+)_gumbel([\d.]+)(\D+)"
     name, found = next((n, m) for n in arrays if (m := re.fullmatch(pattern, n)))
     count, label, iterations, cfg, cfg_schedule, gumbel, gumbel_schedule = found.groups()
@@ -286,25 +299,25 @@ def statistics(module: Any, params: Any, spec: dict, arrays: Arrays) -> Iterator
         guidance_schedule=cfg_schedule,
         gumbel=float(gumbel),
         gumbel_schedule=gumbel_schedule,
-        denoiser_steps=spec["hparams"]["infer_steps"],
+        denoiser_steps=steps or spec["hparams"]["infer_steps"],
     )
-    n = int(count)
-    labels = jnp.full((n,), int(label))
-    sample = jax.jit(
-        lambda p, k: sample_bits(module, p, labels, k, plan), compiler_options=OPTIMISED
-    )
-    bits = sample(params, image_keys(0, np.arange(n)))
-    bits = np.asarray(bits, np.float64).reshape(n, module.tokens, module.bits)
+    bits = draw(module, params, masked.sample_bits, int(label), int(count), plan)
+    bits = bits.reshape(len(bits), module.tokens, module.bits)
     yield from moments(bits, name, "sample_bit_cov", arrays, (0, 1))
+
+
+def draw(module: Any, params: Any, sample_bits: Any, label: int, n: int, plan: Any) -> np.ndarray:
+    """-> bits of n images of a class, float64."""
+    sample = jax.jit(
+        lambda p, k: sample_bits(module, p, jnp.full((n,), label), k, plan),
+        compiler_options=OPTIMISED,
+    )
+    return np.asarray(sample(params, image_keys(0, np.arange(n))), np.float64)
 
 
 def bitdance_results(spec: dict, arrays: Arrays, tolerance: float) -> Iterator[Result]:
     """BitDance: transformer, head, loss, flow, and statistics of the whole sampler."""
-    hparams = bitdance.hparams_from_reference(spec["hparams"])
-    module = build.make_module("generator", "bitdance", hparams)
-    params, _ = import_tensors(
-        bitdance.table(hparams), synthetic_state_dict(spec), build.param_shapes(module)
-    )
+    module, params = generator(spec, bitdance)
     groups = (-1, module.together, module.token_bits)
 
     def apply(*args, method):
@@ -344,19 +357,20 @@ def bitdance_results(spec: dict, arrays: Arrays, tolerance: float) -> Iterator[R
     )  # fmt: skip
     yield like(jnp.concatenate([out, out]), "em_out")
 
+    yield from bitdance_statistics(module, params, spec, arrays)
+
+
+def bitdance_statistics(
+    module: Any, params: Any, spec: dict, arrays: Arrays, steps: int | None = None
+) -> Iterator[Result]:
+    """The same of BitDance."""
+    del spec  # the array's name has the steps
     pattern = r"sample_code_mean_(\d+)_label(\d+)_steps(\d+)_cfg([\d.]+)(\D+)"
     name, found = next((n, m) for n in arrays if (m := re.fullmatch(pattern, n)))
-    count, label, steps, cfg, schedule = found.groups()
-    plan = AutoregressivePlan(float(cfg), schedule, head_steps=int(steps))
-    n = int(count)
-    labels = jnp.full((n,), int(label))
-    sample = jax.jit(
-        lambda p, k: autoregressive.sample_bits(module, p, labels, k, plan),
-        compiler_options=OPTIMISED,
-    )
-    bits = sample(params, image_keys(0, np.arange(n)))
-    codes = nchw(bits).astype(np.float64) * 2 - 1
-    yield from moments(codes, name, "sample_code_cov_first64", arrays, (-1, 1))
+    count, label, its_steps, cfg, schedule = found.groups()
+    plan = AutoregressivePlan(float(cfg), schedule, head_steps=steps or int(its_steps))
+    bits = draw(module, params, autoregressive.sample_bits, int(label), int(count), plan)
+    yield from moments(nchw(bits) * 2 - 1, name, "sample_code_cov_first64", arrays, (-1, 1))
 
 
 def moments(
@@ -402,14 +416,20 @@ FAMILIES: dict[str, tuple[Callable[[dict, Arrays, float], Iterator[Result]], str
 }
 
 
-def compare(path: str | Path) -> list[Result]:
-    """Returns every output array of a golden compared; raises ValueError if one is left out."""
-    path = Path(path)
+def read(path: Path) -> tuple[dict, Arrays]:
+    """-> what a golden is of, and its arrays."""
     spec = json.loads(path.read_text())
     with np.load(path.with_suffix(".npz")) as file:
         arrays = dict(file)
     if spec["family"] not in FAMILIES:
         raise ValueError(f"{path}: family {spec['family']!r}, have {sorted(FAMILIES)}")
+    return spec, arrays
+
+
+def compare(path: str | Path) -> list[Result]:
+    """Returns every output array of a golden compared; raises ValueError if one is left out."""
+    path = Path(path)
+    spec, arrays = read(path)
     results, inputs = FAMILIES[spec["family"]]
     found = list(results(spec, arrays, 2e-3 if path.stem.endswith("_full") else 2e-4))
     left_out = set(arrays) - {result.name for result in found} - set(inputs.split())
@@ -418,13 +438,32 @@ def compare(path: str | Path) -> list[Result]:
     return found
 
 
+def compare_samples(path: Path, dtype: str, steps: int | None) -> list[Result]:
+    """Returns the statistics of samples drawn in another dtype or in fewer steps of the head."""
+    spec, arrays = read(path)
+    sources = {"bigr": (bigr, bigr_statistics), "bitdance": (bitdance, bitdance_statistics)}
+    if spec["family"] not in sources:
+        raise ValueError(f"{path}: a {spec['family']} draws no samples, {sorted(sources)} do")
+    source, statistics = sources[spec["family"]]
+    module, params = generator(spec, source)
+    return list(statistics(module.clone(dtype=build.DTYPES[dtype]), params, spec, arrays, steps))
+
+
 def main(argv: list[str]) -> int:
     """Prints a line for each array; returns 1 if one is beyond tolerance."""
-    if len(argv) != 2:
-        print(__doc__, file=sys.stderr)
-        return 2
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("golden", type=Path, help="PATH/NAME.json, beside its NAME.npz")
+    parser.add_argument("--dtype", choices=build.DTYPES)
+    parser.add_argument("--steps", type=int)
+    options = parser.parse_args(argv[1:])
     failed = False
-    for r in compare(argv[1]):
+    if options.dtype or options.steps:
+        results = compare_samples(options.golden, options.dtype or "float32", options.steps)
+    else:
+        results = compare(options.golden)
+    for r in results:
         worst = r.errors.max() if r.errors.size else 0.0
         beyond = not worst <= 1
         failed |= beyond

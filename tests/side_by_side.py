@@ -21,6 +21,7 @@ import time
 import types
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 from synthetic import synthetic_state_dict
@@ -113,10 +114,12 @@ def original_calls(spec: dict, tensors: dict, options) -> dict[str, Callable[[],
     import torch
 
     sys.path.insert(0, str(options.reference))
-    # Neither is needed on a CPU, and both want a GPU's compiler.
-    flash = types.ModuleType("flash_attn")
-    flash.flash_attn_func = None  # type: ignore[attr-defined]
-    sys.modules.setdefault("flash_attn", flash)
+    # Imported there and not needed: a GPU's attention, and what training reads and augments.
+    unused = (
+        "flash_attn timm.models.layers timm.models timm torchvision.transforms torchvision visdom"
+    )
+    for name in unused.split():
+        sys.modules.setdefault(name, mock.MagicMock(flash_attn_func=None))
     torch.set_num_threads(os.cpu_count() or 1)
     torch.set_grad_enabled(False)
     tensors = {name: torch.as_tensor(value) for name, value in tensors.items()}
@@ -203,6 +206,9 @@ def _bigr(h: dict, tensors: dict, options) -> dict:
 
 def _binary_ae(h: dict, tensors: dict, options) -> dict:
     import torch
+
+    if not torch.cuda.is_available():
+        torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign]
     from bae.binaryae import BinaryAutoEncoder
 
     model = BinaryAutoEncoder(types.SimpleNamespace(**h))
@@ -230,8 +236,9 @@ def bitgen_calls(spec: dict, tensors: dict, options) -> dict[str, Callable[[], o
     source = FAMILIES[family].convert
     hparams = source.hparams_from_reference(spec["hparams"])
     module = build.make_module(kind, family, hparams)
-    if family == "bitdance":
-        tensors = {n: t for n, t in tensors.items() if not n.startswith("vae.")}
+    tensors = {
+        n: t for n, t in tensors.items() if not n.startswith(("vae.", "disc.", "perceptual."))
+    }
     params, _ = import_tensors(source.table(hparams), tensors, build.param_shapes(module))
     params = jax.device_put(params)
     if kind == "generator":

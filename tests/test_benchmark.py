@@ -127,6 +127,10 @@ def test_compile_for_fake_devices(tmp_path, capsys):
         ({"benchmark.kind": "sample"}, "config.benchmark.kind=sample: the config has no generator"),
         ({"benchmark.kind": "memory", "benchmark.device": "abacus"}, "unknown device 'abacus'"),
         ({"benchmark.kind": "compile", "benchmark.topology": "cpu:99"}, "there are 8 CPU devices"),
+        (
+            {"benchmark.kind": "sample", "benchmark.batches": "1,x"},
+            r"batches=1,x: numbers of images",
+        ),
         ({"benchmark.kind": "train", "mesh.data": 3}, "does not fit 8 devices"),
         ({"benchmark.kind": "train", "train.batch_size": 12}, "choose a multiple of 8"),
     ],

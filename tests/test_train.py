@@ -15,6 +15,7 @@ from bitgen.convert import patchgan
 from bitgen.convert.rules import export_tensors
 from bitgen.errors import UserError
 from bitgen.mesh import make_mesh
+from bitgen.stop import StopSignal
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +94,26 @@ def test_sigterm_saves_and_the_run_goes_on(trained, tmp_path, monkeypatch, capsy
     assert small.rows(tmp_path) == small.rows(trained / "tokenizer")
     train.run(small.tokenizer(), tmp_path)
     assert "nothing to do" in capsys.readouterr().err
+
+
+def test_at_a_stop_no_more_than_one_step_is_under_way():
+    waited = []
+
+    class Loss:
+        def __init__(self, step):
+            self.step = step
+
+        def block_until_ready(self):
+            waited.append(self.step)
+            return self
+
+    stop = StopSignal()
+    for step in range(3):
+        assert not stop.after({"loss": Loss(step)})
+        assert waited == list(range(step))
+    signal.raise_signal(signal.SIGTERM)
+    assert stop.after({"loss": Loss(3)})
+    assert waited == [0, 1, 2]
 
 
 def test_one_and_eight_devices_take_the_same_steps(trained, tmp_path, monkeypatch):

@@ -30,7 +30,7 @@ class MaskedPlan:
     gumbel_schedule: str = "constant"  # or 'down', 'up'
     denoiser_steps: int = 100
     denoiser_temperature: float = 1.0
-    segments: int = 4  # loops, each denoising only as many tokens as its first iteration needs
+    segments: int = 8  # loops, each denoising only as many tokens as its first iteration needs
 
 
 @dataclasses.dataclass(frozen=True)
