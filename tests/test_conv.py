@@ -6,23 +6,23 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from bitgen.nn.conv import Depthwise, Grouped
+from bitgen.nn.conv import Depthwise, Grouped, conv, unrolled
 
 X = jax.random.normal(jax.random.key(0), (2, 5, 4, 12))
 
 
-def same(ours, theirs):
-    variables = theirs.init(jax.random.key(1), X)
-    mine = ours.init(jax.random.key(2), X)
+def same(ours, theirs, x=X):
+    variables = theirs.init(jax.random.key(1), x)
+    mine = ours.init(jax.random.key(2), x)
     assert jax.tree.map(jnp.shape, mine) == jax.tree.map(jnp.shape, variables)
 
     def loss(module):
         return lambda variables, x: jnp.sum(jnp.sin(module.apply(variables, x)))
 
-    np.testing.assert_allclose(ours.apply(variables, X), theirs.apply(variables, X), atol=1e-5)
+    np.testing.assert_allclose(ours.apply(variables, x), theirs.apply(variables, x), atol=1e-5)
     for a, b in zip(
-        jax.tree.leaves(jax.grad(loss(ours), (0, 1))(variables, X)),
-        jax.tree.leaves(jax.grad(loss(theirs), (0, 1))(variables, X)),
+        jax.tree.leaves(jax.grad(loss(ours), (0, 1))(variables, x)),
+        jax.tree.leaves(jax.grad(loss(theirs), (0, 1))(variables, x)),
         strict=True,
     ):
         np.testing.assert_allclose(a, b, atol=1e-4)
@@ -37,3 +37,21 @@ def test_depthwise(side, bias):
 
 def test_grouped():
     same(Grouped(3), nn.Conv(12, (1, 1), feature_group_count=3, use_bias=False))
+
+
+@pytest.mark.parametrize(("h", "w"), [(1, 1), (2, 2), (2, 5), (4, 4)])
+@pytest.mark.parametrize(("strides", "padding"), [(1, 1), (2, 1), (2, ((0, 1), (0, 1)))])
+def test_images_smaller_than_the_kernel(h, w, strides, padding):
+    theirs = nn.Conv(6, (3, 3), strides=strides, padding=padding)
+    ours = conv(6, 3, None, jnp.float32, strides=strides, padding=padding)
+    same(ours, theirs, jax.random.normal(jax.random.key(3), (2, h, w, 5)))
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_no_loop_over_convolutions_is_left_on_cpu(length):
+    def layers(x):
+        return jax.lax.scan(lambda x, _: (x + 1, None), x, length=length, unroll=unrolled(length))[
+            0
+        ]
+
+    assert "while" not in jax.jit(layers).lower(1.0).as_text()

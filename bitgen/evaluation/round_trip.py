@@ -169,7 +169,7 @@ def bit_usage(ones: Float[np.ndarray, " k"]) -> dict[str, float]:
 
 def bit_entropy(ones: Float[np.ndarray, "*b"]) -> Float[np.ndarray, "*b"]:
     """Returns the entropy, in bits, of coins that show one so often."""
-    q = np.clip(ones, 1e-12, 1 - 1e-12)
+    q = np.clip(np.asarray(ones, np.float64), 1e-12, 1 - 1e-12)
     return -(q * np.log2(q) + (1 - q) * np.log2(1 - q))
 
 

@@ -20,8 +20,29 @@ def conv(features: int, kernel: int, name: str | None, dtype: Dtype, **options) 
         kernel_init=torch_kernel_init,
         dtype=dtype,
         name=name,
+        conv_general_dilated=_convolve,
         **options,
     )
+
+
+def _convolve(x, kernel, strides, padding, **options):
+    """A convolution; on CPU, where the kernel is larger than the image, as a matrix product.
+
+    XLA would swap the two there, and have no fast convolution for what comes out.
+    """
+    larger = any(k > size for k, size in zip(kernel.shape[:2], x.shape[1:3], strict=True))
+    if jax.default_backend() != "cpu" or not larger:
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
+    (down, right), (kh, kw) = strides, kernel.shape[:2]
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    last_row, last_column = x.shape[1] - kh + 1, x.shape[2] - kw + 1
+    columns = [
+        x[:, i : i + last_row : down, j : j + last_column : right]
+        for i in range(kh)
+        for j in range(kw)
+    ]
+    kernel = kernel.reshape(-1, kernel.shape[-1])  # [kh kw i, o]
+    return jnp.einsum("bhwi,io->bhwo", jnp.concatenate(columns, axis=-1), kernel)
 
 
 def unrolled(length: int) -> int:
@@ -30,7 +51,8 @@ def unrolled(length: int) -> int:
     XLA's fast convolutions for CPU do not work inside of its loops: a gradient takes 50 times as
     long there.
     """
-    return length if jax.default_backend() == "cpu" else 1
+    # One turn more than there are: of a loop over one layer JAX would make a loop.
+    return length + 1 if jax.default_backend() == "cpu" else 1
 
 
 def dense(features: int, name: str, dtype: Dtype, **options) -> nn.Dense:
