@@ -234,7 +234,7 @@ def test_bits_of_one_scale_two_or_none(make):
 
 def test_dead_bits_are_counted(make):
     task, _ = make()
-    means = np.array([0.0, 0.5, 1.0, 0.25])
+    means = np.array([0.0, 0.5, 1.0, 0.25], np.float32)
     scalars = task.summarise({"loss": np.float32(1), "bits_mean": means})
     assert (scalars["bits_used"], scalars["bits_dead"]) == (0.5, 2.0)
     entropy = 1 + 2 * 0.25 - 0.75 * np.log2(0.75)
