@@ -59,7 +59,7 @@ def cases(slow_after=99):
     """Yields every config and size; those of a file after the first so many are slow tests."""
     for path in FILES:
         module = runpy.run_path(str(path))
-        sizes = module.get("SIZES") or module.get("TOKENIZERS") or {}
+        sizes = next((module[n] for n in ("SIZES", "TOKENIZERS", "FAMILIES") if n in module), {})
         if path.stem == "binary_ae_finetune":
             sizes = ("c64", "c128")
         for i, size in enumerate(sizes or [None]):
