@@ -88,7 +88,8 @@ class Checkpoints:
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         self.saving = (step, size)
         # Seen before anything is written: threads that fail to write all have a traceback to show.
-        if not all_agree(shutil.disk_usage(self.directory).free >= size):
+        disk = shutil.disk_usage(self.directory)
+        if not all_agree(disk.free >= size or disk.total == 0):  # 0: it does not say
             raise self._no_space()
         try:
             self.manager.save(step, args=args)
