@@ -56,10 +56,11 @@ class Checkpoints:
         self.directory = self.workdir / "checkpoints"
         self.config = config
         self.saving: tuple[int, int] | None = None  # step and bytes
+        on_first(self._remove_unfinished)  # Orbax would do it beside the run, at any later time
         handlers: Any = {"state": _handler(), "data": ocp.JsonCheckpointHandler()}
         self.manager = ocp.CheckpointManager(
             self.directory,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep),
             item_names=("state", "data", "config"),
             item_handlers=handlers,
         )
@@ -171,9 +172,13 @@ class Checkpoints:
         """-> what to raise of a save that failed: one line about a full disk, or the error."""
         if self.saving is None or not is_full(error):
             return error
-        for rest in self.directory.glob(f"{self.saving[0]}.*tmp*"):
-            shutil.rmtree(rest, ignore_errors=True)
+        self._remove_unfinished()
         return self._no_space()
+
+    def _remove_unfinished(self) -> None:
+        """Removes what a save that was killed or failed has left."""
+        for rest in self.directory.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(rest, ignore_errors=True)
 
     def _no_space(self) -> UserError:
         step, size = self.saving or (0, 0)
