@@ -1,4 +1,4 @@
-r"""A check of a tokenizer's recipe: 64 tiles, learned by heart to more than 30 dB.
+r"""A check of a tokenizer's recipe: 64 tiles, learned by heart.
 
     python -m bitgen.main --config=configs/overfit.py:gfq_ae --workdir=runs/overfit/gfq_ae \
         --config.data.path=tiles.npz
@@ -8,7 +8,8 @@ cells a tile: 64 bits a cell (4,096 a tile, 4 a pixel) for binary_ae, gfq_ae and
 a cell for dcae. The data is an npz file with `image`, uint8 [64, 32, 32, 3].
 
 Measured on 64 tiles of games, by --mode=reconstruct after so many steps of 16 tiles:
-PSNR 35.5 dB (gfq_ae, 800), 34.2 dB (bitvae, 1,600), 30.4 dB (dcae, 600).
+PSNR 35.5 dB (gfq_ae, 800), 34.2 dB (bitvae, 1,600), 30.4 dB (dcae, 600). binary_ae, whose bits are
+drawn at random in training, was at 26.5 dB after 1,900 and still rising; its 5,000 were not run.
 """
 
 from bitgen import config
@@ -35,7 +36,7 @@ FAMILIES = {
         "decoder_activations": ("relu", "relu", "silu"),
     },
 }
-STEPS = {"binary_ae": 1_200, "gfq_ae": 800, "bitvae": 1_600, "dcae": 600}
+STEPS = {"binary_ae": 5_000, "gfq_ae": 800, "bitvae": 1_600, "dcae": 600}
 
 
 def get_config(family: str = "binary_ae"):
