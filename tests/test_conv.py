@@ -50,8 +50,8 @@ def test_images_smaller_than_the_kernel(h, w, strides, padding):
 @pytest.mark.parametrize("length", [1, 3])
 def test_no_loop_over_convolutions_is_left_on_cpu(length):
     def layers(x):
-        return jax.lax.scan(lambda x, _: (x + 1, None), x, length=length, unroll=unrolled(length))[
-            0
-        ]
+        unroll = unrolled(length)
+        last, _ = jax.lax.scan(lambda x, _: (x + 1, None), x, length=length, unroll=unroll)
+        return last
 
     assert "while" not in jax.jit(layers).lower(1.0).as_text()
