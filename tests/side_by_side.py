@@ -6,11 +6,14 @@
 `bitdance_*`, haoosz/BiGR for `bigr_*`. Each runs in a process of its own that is warm before the
 first round, and the two take turns, so that a busy moment of the machine meets both. Generators
 draw bits, not images: `bitdance_ae_d16c32` and `bigr_bae_*` time encoding and decoding. It prints
-medians, ranges and the ratio; float32, as many threads as there are cores, the original eager
-unless `--compiled`.
+medians, ranges and the ratio. On a CPU there are as many threads as cores; on a GPU, which both
+then share, the original runs as its scripts have it: TF32 products, and autocast with
+`--dtype=bfloat16`. It is eager unless `--compiled`.
 """
 
 import argparse
+import contextlib
+import functools
 import gzip
 import json
 import os
@@ -40,6 +43,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="of the head or the denoiser")
     parser.add_argument("--iterations", type=int, default=20, help="of BiGR's sampler")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--compiled", action="store_true", help="the original by torch.compile")
     parser.add_argument("--worker", choices=["original", "bitgen"], help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -48,7 +52,10 @@ def main() -> None:
     if options.worker:
         work(options)
         return
-    env = {**os.environ, **({} if options.compiled else {"TORCHDYNAMO_DISABLE": "1"})}
+    # On a GPU neither may take all memory for itself.
+    env = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    if not options.compiled:
+        env["TORCHDYNAMO_DISABLE"] = "1"
     workers = {
         kind: subprocess.Popen(
             [sys.executable, *sys.argv, f"--worker={kind}"],
@@ -83,7 +90,8 @@ def take_turns(workers: dict[str, subprocess.Popen], options: argparse.Namespace
         )
         ratio = statistics.median(seconds["original"]) / statistics.median(seconds["bitgen"])
         told = "  ".join([*told, f"ratio {ratio:.2f}"])
-        print(f"{options.name} {call}, batch {options.batch}:  {told}", flush=True)
+        what = f"{options.name} {call}, {options.dtype}, batch {options.batch}"
+        print(f"{what}:  {told}", flush=True)
 
 
 def answer(worker: subprocess.Popen) -> str:
@@ -122,9 +130,32 @@ def original_calls(spec: dict, tensors: dict, options) -> dict[str, Callable[[],
         sys.modules.setdefault(name, mock.MagicMock(flash_attn_func=None))
     torch.set_num_threads(os.cpu_count() or 1)
     torch.set_grad_enabled(False)
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.set_default_device("cuda")
+        torch.set_float32_matmul_precision("high")
+    else:
+        torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign]
     tensors = {name: torch.as_tensor(value) for name, value in tensors.items()}
     make = {"bitdance": _bitdance, "gfq_ae": _gfq_ae, "bigr": _bigr, "binary_ae": _binary_ae}
-    return make[spec["family"]](spec["hparams"], tensors, options)
+    calls = make[spec["family"]](spec["hparams"], tensors, options)
+
+    def timed(call):
+        autocast = torch.autocast("cuda" if gpu else "cpu", torch.bfloat16)
+        with autocast if options.dtype == "bfloat16" else contextlib.nullcontext():
+            call()
+        if gpu:
+            torch.cuda.synchronize()
+
+    return {name: functools.partial(timed, call) for name, call in calls.items()}
+
+
+def _compile(options, owner, *names: str) -> None:
+    """Compiles methods that the original leaves to its users to compile."""
+    import torch
+
+    for name in names if options.compiled else ():
+        setattr(owner, name, torch.compile(getattr(owner, name)))
 
 
 def _bitdance(h: dict, tensors: dict, options) -> dict:
@@ -160,9 +191,12 @@ def _gfq_ae(h: dict, tensors: dict, options) -> dict:
     import torch
     from src import qae
 
-    model = qae.VQModel(types.SimpleNamespace(**h))
+    sizes = {"in_channels": 3, "out_ch": 3, **h}
+    codebooks = sizes.pop("num_codebooks")
+    model = qae.VQModel(sizes, num_codebooks=codebooks)
     model.load_state_dict(tensors, strict=False)
     model.eval()
+    _compile(options, model, "encode", "decode")
     images = torch.randn(options.batch, 3, 256, 256).clamp(-1, 1)
     codes = torch.sign(torch.randn(options.batch, h["z_channels"], 16, 16))
     return {"encode": lambda: model.encode(images), "decode": lambda: model.decode(codes)}
@@ -170,9 +204,11 @@ def _gfq_ae(h: dict, tensors: dict, options) -> dict:
 
 def _bigr(h: dict, tensors: dict, options) -> dict:
     import torch
-    from llama.gpt import BIGR_models
+    from llama import gpt
 
-    model = BIGR_models["-".join(("BiGR", options.name.split("_")[1]))](
+    _compile(options, gpt.TransformerBlock, "forward")
+    _compile(options, gpt.DenoiseModel, "forward")
+    model = gpt.BIGR_models["-".join(("BiGR", options.name.split("_")[1]))](
         block_size=h["block_size"],
         num_classes=h["num_classes"],
         cls_token_num=h["cls_token_num"],
@@ -206,15 +242,13 @@ def _bigr(h: dict, tensors: dict, options) -> dict:
 
 def _binary_ae(h: dict, tensors: dict, options) -> dict:
     import torch
-
-    if not torch.cuda.is_available():
-        torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign]
     from bae.binaryae import BinaryAutoEncoder
 
     model = BinaryAutoEncoder(types.SimpleNamespace(**h))
     tensors = {n.removeprefix("ae."): t for n, t in tensors.items() if n.startswith("ae.")}
     model.load_state_dict(tensors, strict=False)
     model.eval()
+    _compile(options, model, "encode", "decode")
     size = h["img_size"]
     images = torch.rand(options.batch, 3, size, size)
     codes = (torch.randn(options.batch, h["codebook_size"], size // 16, size // 16) > 0).float()
@@ -235,7 +269,7 @@ def bitgen_calls(spec: dict, tensors: dict, options) -> dict[str, Callable[[], o
     kind = "generator" if family in GUIDANCE else "tokenizer"
     source = FAMILIES[family].convert
     hparams = source.hparams_from_reference(spec["hparams"])
-    module = build.make_module(kind, family, hparams)
+    module = build.make_module(kind, family, hparams).clone(dtype=build.DTYPES[options.dtype])
     tensors = {
         n: t for n, t in tensors.items() if not n.startswith(("vae.", "disc.", "perceptual."))
     }
