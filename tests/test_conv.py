@@ -1,11 +1,14 @@
 """Convolutions that are written out: what `nn.Conv` gives with the same parameters."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
 
+from bitgen.nn import winograd
 from bitgen.nn.conv import Depthwise, Grouped, conv, unrolled
 
 X = jax.random.normal(jax.random.key(0), (2, 5, 4, 12))
@@ -45,6 +48,30 @@ def test_images_smaller_than_the_kernel(h, w, strides, padding):
     theirs = nn.Conv(6, (3, 3), strides=strides, padding=padding)
     ours = conv(6, 3, None, jnp.float32, strides=strides, padding=padding)
     same(ours, theirs, jax.random.normal(jax.random.key(3), (2, h, w, 5)))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_winograd(whole, monkeypatch):
+    monkeypatch.setattr(winograd, "_FEATURES", 5)
+    monkeypatch.setattr(winograd, "_PIXELS", 16 * 6)
+    monkeypatch.setattr(winograd, "_WHOLE", 10**6 if whole else 0)
+    used = mock.Mock(side_effect=winograd.by_tiles)
+    monkeypatch.setattr(winograd, "by_tiles", used)
+    x = jax.random.normal(jax.random.key(3), (2, 16, 6, 5))
+    same(conv(6, 3, None, jnp.float32), nn.Conv(6, (3, 3), padding=1), x)
+    assert used.called
+    used.reset_mock()
+    # Another stride, padding, kernel or type, odd sides, too few pixels: a plain convolution.
+    for layer, image in (
+        (conv(6, 3, None, jnp.float32, strides=2), x),
+        (conv(6, 3, None, jnp.float32, padding=((0, 1), (0, 1))), x),
+        (conv(6, 5, None, jnp.float32), x),
+        (conv(6, 3, None, jnp.bfloat16), x),
+        (conv(6, 3, None, jnp.float32), x[:, :, :5]),
+        (conv(6, 3, None, jnp.float32), x[:, :8]),
+    ):
+        layer.init(jax.random.key(1), image)
+    assert not used.called
 
 
 @pytest.mark.parametrize("length", [1, 3])

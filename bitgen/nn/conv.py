@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from bitgen.nn import winograd
 from bitgen.nn.norms import Dtype, group_norm
 
 # PyTorch's default for convolutions and linear layers, without the random bias.
@@ -26,10 +27,13 @@ def conv(features: int, kernel: int, name: str | None, dtype: Dtype, **options) 
 
 
 def _convolve(x, kernel, strides, padding, **options):
-    """A convolution; on CPU, where the kernel is larger than the image, as a matrix product.
+    """A convolution; on CPU by matrix products where the kernel is larger than the image.
 
-    XLA would swap the two there, and have no fast convolution for what comes out.
+    XLA would swap the two there, and have no fast convolution for what comes out. Large ones of
+    many features are `winograd` there.
     """
+    if winograd.suits(x, kernel, strides, padding, options):
+        return winograd.convolve(x, kernel)
     larger = any(k > size for k, size in zip(kernel.shape[:2], x.shape[1:3], strict=True))
     if jax.default_backend() != "cpu" or not larger:
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
