@@ -140,14 +140,14 @@ def original_calls(spec: dict, tensors: dict, options) -> dict[str, Callable[[],
     make = {"bitdance": _bitdance, "gfq_ae": _gfq_ae, "bigr": _bigr, "binary_ae": _binary_ae}
     calls = make[spec["family"]](spec["hparams"], tensors, options)
 
-    def timed(call):
+    def run(call):
         autocast = torch.autocast("cuda" if gpu else "cpu", torch.bfloat16)
         with autocast if options.dtype == "bfloat16" else contextlib.nullcontext():
             call()
         if gpu:
             torch.cuda.synchronize()
 
-    return {name: functools.partial(timed, call) for name, call in calls.items()}
+    return {name: functools.partial(run, call) for name, call in calls.items()}
 
 
 def _compile(options, owner, *names: str) -> None:

@@ -67,7 +67,8 @@ def test_winograd(whole, monkeypatch):
         (conv(6, 3, None, jnp.float32, padding=((0, 1), (0, 1))), x),
         (conv(6, 5, None, jnp.float32), x),
         (conv(6, 3, None, jnp.bfloat16), x),
-        (conv(6, 3, None, jnp.float32), x[:, :, :5]),
+        (conv(6, 3, None, jnp.float32), jnp.ones((2, 16, 7, 5))),
+        (conv(6, 3, None, jnp.float32), jnp.ones((2, 17, 6, 5))),
         (conv(6, 3, None, jnp.float32), x[:, :8]),
     ):
         layer.init(jax.random.key(1), image)
