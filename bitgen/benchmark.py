@@ -173,11 +173,12 @@ def _placed(shapes: Any, shardings: Any) -> Any:
 
 
 def _model_flops(config: Any, mesh: Any) -> float:
-    """Of the step without what remat computes again."""
-    if not config.model.get("remat", False):
+    """Of the step without what is computed again for gradients."""
+    if "remat" not in config.model:
         return 0.0  # the program's own
     plain = config.copy_and_resolve_references()
-    plain.model.remat = False
+    with plain.ignore_type():
+        plain.model.remat = None if config.train.task == "generator" else False
     return count_flops(traced_step(plain, mesh)[0].jaxpr)
 
 
@@ -281,7 +282,9 @@ def traced_sampler(config: Any, mesh: Any, size: int) -> tuple[Any, Any, tuple[A
     )
     plan = make_plan(generator, config.sampler)
     sampler = image_sampler(generator, tokenizer, plan, mesh, config.sample.decode_batch)
-    prepared = jax.eval_shape(lambda p: prepare(generator, p), build.param_shapes(generator))
+    platform = mesh.devices.flat[0].platform
+    params = build.param_shapes(generator)
+    prepared = jax.eval_shape(lambda p: prepare(generator, p, platform), params)
     shapes = (prepared, build.param_shapes(tokenizer))
     shapes = _placed(shapes, jax.tree.map(lambda _: replicated(mesh), shapes))
     labels = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=batch_sharding(mesh))

@@ -29,7 +29,7 @@ FAMILIES = {"tokenizer": TOKENIZERS, "generator": GENERATORS}
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # Fields that say how to run a model, not what it is: they stay out of model.json.
-RUN_FIELDS = ("dtype", "remat", "attention")
+RUN_FIELDS = ("dtype", "remat", "attention", "unroll")
 
 
 def fields_of(kind: str, family: str) -> dict[str, Any]:

@@ -6,10 +6,13 @@ from typing import Any
 
 from jax.extend import core
 
+_FUSED_ATTENTION = "dot_product_attention"  # cuDNN's, in jax's words
+
 
 def count_flops(jaxpr: Any) -> int:
     """Returns the operations of all matrix products and convolutions of a jaxpr.
 
+    Fused attention counts as the two products that it is, and its gradient as their four.
     A loop counts as often as it runs, which the compiler's own count does not; the larger branch
     of a condition counts, and a loop of unknown length counts once. What `shard_map` maps counts on
     every device.
@@ -31,7 +34,7 @@ def _count(jaxpr: Any, of_equation: Callable[[Any], int]) -> int:
     total = 0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
-        if name in ("dot_general", "conv_general_dilated"):
+        if name in ("dot_general", "conv_general_dilated") or name.startswith(_FUSED_ATTENTION):
             total += of_equation(equation)
         elif name == "cond":
             total += max(_count(branch, of_equation) for branch in params["branches"])
@@ -49,6 +52,10 @@ def _bytes_of_equation(equation: Any) -> int:
 
 def _flops_of_equation(equation: Any) -> int:
     params = equation.params
+    if equation.primitive.name.startswith(_FUSED_ATTENTION):
+        b, n, heads, c = equation.invars[0].aval.shape
+        products = 4 if "_bwd" in equation.primitive.name else 2
+        return 2 * products * b * heads * n * equation.invars[1].aval.shape[1] * c
     if equation.primitive.name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         shape = equation.invars[0].aval.shape

@@ -8,18 +8,26 @@ from typing import Any
 
 import jax
 
-from bitgen.devices import GIB
+from bitgen.devices import GIB, named, of_kind
 from bitgen.errors import UserError, first_line
+from bitgen.flops import count_bytes, count_flops
 from bitgen.logging import say
 from bitgen.measure import compiled_bytes
 
+# What the compiler asks about GPUs besides memory and bandwidth, from the makers' pages: compute
+# capability, multiprocessors, 32-bit lanes of one, KiB of its shared memory, MiB of cache, GHz.
+_GPUS = {
+    "A100 80GB": (8, 108, 64, 164, 40, 1.41),
+    "H100": (9, 132, 128, 228, 50, 1.98),
+    "H200": (9, 132, 128, 228, 50, 1.98),
+}
 _COLLECTIVES = re.compile(
     r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
 )
 
 
 def devices(topology: str) -> list[Any]:
-    """Returns the devices of a topology: v5e:2x4 (TPUs), cpu:8, or '' for those here.
+    """Returns the devices of a topology: v5e:2x4 (TPUs), h100:8, cpu:8, or '' for those here.
 
     Raises UserError if jax knows no such topology or lacks what compiles for it.
     """
@@ -27,6 +35,10 @@ def devices(topology: str) -> list[Any]:
         return jax.devices()
     if topology.startswith("cpu:") and topology[4:].isdigit():
         return _cpus(int(topology[4:]))
+    card, _, count = topology.partition(":")
+    for name in _GPUS:
+        if name.split()[0].lower() == card.lower() and (count or "1").isdigit():
+            return _gpus(topology, name, int(count or 1))
     from jax.experimental import topologies
 
     # Without it, the library asks the network which TPU this is.
@@ -42,7 +54,7 @@ def devices(topology: str) -> list[Any]:
             ) from None
         raise UserError(
             f"jax knows no topology {topology!r} ({first_line(e)}); write v5e:2x4, v6e:4x4, "
-            "v5p:2x2x2 or cpu:8"
+            "v5p:2x2x2, a100:8, h100:8, h200:8 or cpu:8"
         ) from None
 
 
@@ -56,29 +68,69 @@ def _cpus(count: int) -> list[Any]:
     return found[:count]
 
 
+def _gpus(topology: str, name: str, count: int) -> list[Any]:
+    from jax.experimental import topologies
+
+    card = named(name)
+    major, cores, lanes, shared, cache, clock = _GPUS[name]
+    target = f"""
+        gpu_device_info {{
+          cuda_compute_capability {{ major: {major} minor: 0 }}
+          core_count: {cores} fpus_per_core: {lanes} clock_rate_ghz: {clock}
+          memory_bandwidth: {card.bandwidth:.0f} device_memory_size: {card.memory}
+          l2_cache_size: {cache * 2**20}
+          shared_memory_per_core: {shared * 1024} shared_memory_per_block: {48 * 1024}
+          shared_memory_per_block_optin: {(shared - 1) * 1024}
+          threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+          registers_per_core_limit: 65536 registers_per_block_limit: 65536
+          block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+        }}
+        platform_name: "CUDA"
+        dnn_version_info {{ major: 9 minor: 10 }}
+        runtime_version {{ major: 12 minor: 9 }}
+        device_description_str: "{card.kinds[0]}"
+    """
+    try:
+        found = topologies.get_topology_desc(
+            "", "cuda", target_config=target, topology=f"1x1x{count}"
+        )
+    except NotImplementedError:
+        raise UserError(
+            f"compiling for {topology} needs jax's CUDA compiler, which needs no GPU: "
+            "pip install 'jax[cuda13]', and set JAX_PLATFORMS=cpu where there is none"
+        ) from None
+    return list(found.devices)
+
+
 def compile_row(what: str, traced: Any, mesh: Any) -> dict[str, Any]:
-    """Returns what the compiler says of a traced program: whether it fits, memory, collectives."""
+    """Returns what the compiler says of a traced program: whether it fits, memory, collectives.
+
+    And the time that the roofline leaves it at least, by the maker's peaks.
+    """
+    device = mesh.devices.flat[0]
+    known = of_kind(device.device_kind)
+    # The compiler picks these kernels by trying them, and may find none where it cannot.
+    absent = device.platform == "gpu" and device not in jax.devices()
+    options = {"xla_gpu_enable_triton_gemm": False} if absent else {}
+    row: dict[str, Any] = {"what": what, "on": f"{mesh.size} x {device.device_kind}"}
     started = time.monotonic()
     try:
-        compiled = traced.lower().compile()
+        compiled = traced.lower().compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
         say(f"{what}: {first_line(e)}")
-        return _row(what, mesh, time.monotonic() - started, "no", 0.0, "")
-    seconds = time.monotonic() - started
+        row["compile_s"] = round(time.monotonic() - started, 1)
+        return {**row, "compiles": "no", "gib_a_device": 0.0, "collectives": "none"}
+    row["compile_s"] = round(time.monotonic() - started, 1)
+    size = compiled_bytes(compiled)
+    row["compiles"] = "no" if known and size > known.memory else "yes"
+    row["gib_a_device"] = size / GIB
     calls = collections.Counter(_COLLECTIVES.findall(compiled.as_text()))
     said = ", ".join(f"{count} {name}" for name, count in sorted(calls.items()))
-    return _row(what, mesh, seconds, "yes", compiled_bytes(compiled) / GIB, said)
-
-
-def _row(what: str, mesh: Any, seconds: float, fits: str, size: float, said: str) -> dict[str, Any]:
-    device = mesh.devices.flat[0].device_kind
-    return {
-        "what": what,
-        "on": f"{mesh.size} x {device}",
-        "compile_s": round(seconds, 1),
-        "compiles": fits,
-        "gib_a_device": size,
-        "collectives": said or "none",
-    }
+    row["collectives"] = said or "none"
+    if known:
+        flops, moved = (count(traced.jaxpr) / mesh.size for count in (count_flops, count_bytes))
+        bound = max(flops / known.flops, moved / known.bandwidth)
+        row |= {"tflop_a_device": flops / 1e12, "at_least_ms": bound * 1e3}
+    return row

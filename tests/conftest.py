@@ -1,6 +1,8 @@
 """Strict JAX for every test: 8 fake CPU devices, no key reuse, no silent rank promotion."""
 
+import atexit
 import os
+import tempfile
 
 # Before jax is imported: flags are read once. Tests compile more than they compute, so the compiler
 # does not optimise, unless XLA_FLAGS says otherwise (the last one counts).
@@ -10,6 +12,13 @@ os.environ["XLA_FLAGS"] = (
     + os.environ.get("XLA_FLAGS", "")
 )
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+# What one test or process has compiled, no other does again.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    compiled = tempfile.TemporaryDirectory(prefix="bitgen-compiled-", ignore_cleanup_errors=True)
+    atexit.register(compiled.cleanup)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
 

@@ -162,6 +162,14 @@ def test_without_the_tpu_compiler_the_error_says_what_to_install():
         topology.devices("v5e:2x4")
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_plugins") is not None, reason="the CUDA compiler may be here"
+)
+def test_without_the_cuda_compiler_the_error_says_what_to_install():
+    with pytest.raises(UserError, match=r"h100:8 needs jax's CUDA.*pip install 'jax\[cuda13\]'"):
+        topology.devices("h100:8")
+
+
 def test_flops_and_bytes_of_a_program():
     def f(x, w):
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]

@@ -15,7 +15,6 @@ import jax
 import numpy as np
 import pytest
 import small
-from jax.experimental.compilation_cache import compilation_cache
 
 from bitgen import main, train
 from bitgen.errors import UserError
@@ -50,13 +49,10 @@ def _handlers():
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run without faults; the others find its programs compiled."""
-    root = tmp_path_factory.mktemp("whole")
-    jax.config.update("jax_compilation_cache_dir", str(root / "compiled"))
-    train.run(settings(), root / "run")
-    yield root / "run"
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
+    """A run without faults."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    train.run(settings(), workdir)
+    return workdir
 
 
 def copy_up_to(step, whole, workdir):
@@ -180,12 +176,11 @@ def test_a_kill_between_the_last_checkpoint_and_its_model(whole, tmp_path, capsy
     assert_same_run(workdir, whole)
 
 
-def command(tmp_path, whole, *arguments):
+def command(tmp_path, *arguments):
     """-> arguments of a Python that trains as `settings` says, and its environment."""
     (tmp_path / "config.py").write_text(CONFIG)
     words = [*arguments, f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'run'}"]
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(whole.parent / "compiled")}
-    return [sys.executable, *words], {**os.environ, **cache, "PYTHONPATH": str(ROOT)}
+    return [sys.executable, *words], {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 @pytest.mark.slow
@@ -198,7 +193,7 @@ def test_kill_9_during_a_save(whole, tmp_path, capsys):
         ("os.rename", "checkpoints/4.orbax-checkpoint-tmp", ["2"]),
         ("os.rename", "run/model.writing", ["2"]),
     ):
-        words, env = command(tmp_path, whole, __file__, event, where)
+        words, env = command(tmp_path, __file__, event, where)
         done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
         assert done.returncode == -signal.SIGKILL, done.stderr
         found = {path.name for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()}
@@ -241,7 +236,7 @@ def test_a_full_disk_ends_a_run_and_with_more_space_it_goes_on(whole, tmp_path):
         pytest.skip("this machine lets nobody mount a file system in a namespace")
     for name in ("run", "out"):
         (tmp_path / name).mkdir()
-    words, env = command(tmp_path, whole, __file__, "no event", "")
+    words, env = command(tmp_path, __file__, "no event", "")
     done = subprocess.run(
         ["unshare", "-Urm", "sh", "-c", FULL, "sh", *words],
         cwd=ROOT,

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import core
 
 from bitgen.flops import count_flops
 
@@ -31,6 +32,19 @@ def test_a_loop_counts_as_often_as_it_runs():
     assert flops(jax.checkpoint(f), x, w) == 5 * 2 * 8 * 16 * 16
     gradient = jax.grad(lambda w, x: jnp.sum(f(x, w)))
     assert flops(gradient, w, x) == 3 * 5 * 2 * 8 * 16 * 16
+
+
+def test_fused_attention_counts_as_its_products():
+    fused = {name: core.Primitive(f"dot_product_attention_{name}") for name in ("fwd", "bwd_x")}
+    for primitive in fused.values():
+        primitive.def_abstract_eval(lambda q, k, v: q)
+    q, k = jnp.ones((2, 6, 3, 8)), jnp.ones((2, 10, 3, 8))
+    products = flops(
+        lambda q, k: jnp.einsum("bqhc,bkhc->bhqk", q, k) @ jnp.ones((2, 3, 10, 8)), q, k
+    )
+    for name, times in (("fwd", 1), ("bwd_x", 2)):
+        jaxpr = jax.make_jaxpr(fused[name].bind)(q, k, k)
+        assert count_flops(jaxpr) == times * products
 
 
 def test_convolutions_agree_with_the_compiler():

@@ -100,7 +100,7 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def start(arguments, log, processes=1, index=0, port=0, devices=8, **more):
+def start(arguments, log, processes=1, index=0, port=0, devices=8):
     """Starts one process of a run; what it prints goes to a file."""
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
@@ -113,11 +113,11 @@ def start(arguments, log, processes=1, index=0, port=0, devices=8, **more):
         }
     with log.open("ab") as file:
         return subprocess.Popen(
-            [sys.executable, *arguments], cwd=ROOT, env=env | more, stdout=file, stderr=file
+            [sys.executable, *arguments], cwd=ROOT, env=env, stdout=file, stderr=file
         )
 
 
-def start_two(folder, *arguments, **more):
+def start_two(folder, *arguments):
     """Starts two processes with four devices each; their output is FOLDER/0.log and 1.log.
 
     `arguments` are of both, or lists, one for each.
@@ -125,7 +125,7 @@ def start_two(folder, *arguments, **more):
     port = free_port()
     of_each = arguments if isinstance(arguments[0], list) else (arguments, arguments)
     return [
-        start(words, folder / f"{i}.log", processes=2, index=i, port=port, devices=4, **more)
+        start(words, folder / f"{i}.log", processes=2, index=i, port=port, devices=4)
         for i, words in enumerate(of_each)
     ]
 
@@ -247,7 +247,6 @@ class Training:
 
     def __init__(self, root):
         self.root, self.workdir = root, root / "run"
-        self.cache = {"JAX_COMPILATION_CACHE_DIR": str(root.parent / "compiled")}
         root.mkdir()
 
     def words(self, number=0, step=0, patience=600):
@@ -261,7 +260,7 @@ class Training:
             self.words(number, step, patience) if i == faulty else self.words(patience=patience)
             for i in range(2)
         ]
-        return start_two(self.root, *of_each, **self.cache)
+        return start_two(self.root, *of_each)
 
     def said(self, process):
         return (self.root / f"{process}.log").read_text()
@@ -306,7 +305,7 @@ def test_faults_of_one_process_of_two(tmp_path):
     assert re.search(named, run.said(0)), logs(run.root)
 
     # What two began, one ends.
-    alone = start(run.words(), run.root / "0.log", **run.cache)
+    alone = start(run.words(), run.root / "0.log")
     assert finish([alone]) == [0], run.said(0)
     expected = {row["step"]: row for row in small.rows(whole.workdir)}
     found = small.rows(run.workdir)

@@ -14,8 +14,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bitgen.heads.bernoulli import BernoulliHead
 from bitgen.nn.attention import Implementation, SelfAttention
+from bitgen.nn.dropout import Dropout
 from bitgen.nn.mlp import SwiGLU, swiglu_width
 from bitgen.nn.norms import Dtype, RMSNorm
+from bitgen.nn.remat import Remat, remat_layer
 from bitgen.nn.rope import grid_rotations
 
 
@@ -42,8 +44,9 @@ class BiGR(nn.Module):
     mlp_multiple: int = 256
     norm_eps: float = 1e-5
     rope_base: float = 10_000.0
-    attention: Implementation = None
-    remat: bool = False
+    attention: Implementation = "auto"
+    unroll: bool = False  # the loop over layers: faster steps, longer compiling
+    remat: Remat = False
     dtype: Dtype = jnp.float32
 
     @property
@@ -77,6 +80,7 @@ class BiGR(nn.Module):
             focal=self.focal,
             alpha=self.alpha,
             vlb_weight=self.vlb_weight,
+            remat=self.remat,
             dtype=self.dtype,
         )
 
@@ -146,7 +150,7 @@ class BiGR(nn.Module):
         if self.adaln:
             modulation = self.shared_modulation(nn.silu(classes))
             modulation = modulation.reshape(*classes.shape[:2], 6, self.width)
-        block = nn.remat(_Block, prevent_cse=False) if self.remat else _Block
+        block = remat_layer(_Block, self.remat, scanned=True)
         over_all: Any = (nn.broadcast, nn.broadcast)
         layers = nn.scan(
             block,
@@ -154,6 +158,7 @@ class BiGR(nn.Module):
             split_rngs={"params": True, "dropout": True},
             in_axes=over_all,
             length=self.layers,
+            unroll=self.layers if self.unroll else 1,
         )(
             self.heads,
             swiglu_width(self.width, self.mlp_multiple),
@@ -187,7 +192,7 @@ class _Block(nn.Module):
         shape = (6, x.shape[-1])
         attention = SelfAttention(self.heads, self.attention, self.dtype, name="attention")
         mlp = SwiGLU(self.mlp_hidden, self.dtype, name="mlp")
-        drop = nn.Dropout(self.dropout, deterministic=self.dropout == 0)
+        drop = Dropout(self.dropout)
         attention_norm = RMSNorm(self.norm_eps, name="attention_norm")
         mlp_norm = RMSNorm(self.norm_eps, name="mlp_norm")
         if modulation is None:

@@ -16,8 +16,10 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from bitgen.errors import UserError
 from bitgen.heads.rectified_flow import RectifiedFlowHead
 from bitgen.nn.attention import Implementation, SelfAttention
+from bitgen.nn.dropout import Dropout
 from bitgen.nn.mlp import GatedMLP, swiglu_width
 from bitgen.nn.norms import Dtype, RMSNorm
+from bitgen.nn.remat import Remat, remat_layer
 from bitgen.nn.rope import grid_rotations
 
 
@@ -46,8 +48,9 @@ class BitDance(nn.Module):
     mlp_multiple: int = 256
     norm_eps: float = 1e-6
     rope_base: float = 10_000.0
-    attention: Implementation = None
-    remat: bool = False
+    attention: Implementation = "auto"
+    unroll: bool = False  # the loop over layers: faster steps, longer compiling
+    remat: Remat = False
     dtype: Dtype = jnp.float32
 
     @property
@@ -104,7 +107,7 @@ class BitDance(nn.Module):
     @nn.nowrap
     def block(self, *, dropout: float = 0.0, features: bool = False, scanned: bool = False):
         """Returns the transformer's layer, which the sampler applies one by one."""
-        cls = nn.remat(Block, prevent_cse=False) if self.remat and scanned else Block
+        cls: Any = remat_layer(Block, self.remat, scanned=True) if scanned else Block
         options: dict[str, Any] = {"parent": None}  # stands alone
         if scanned:
             over_all: Any = nn.broadcast
@@ -114,6 +117,7 @@ class BitDance(nn.Module):
                 split_rngs={"params": True, "dropout": True},
                 in_axes=over_all,
                 length=self.layers,
+                unroll=self.layers if self.unroll else 1,
             )
             options = {"name": "layers"}
         return cls(
@@ -268,7 +272,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, rotations, cache=None, start: Any = 0):
         """-> x and, with a cache, the new one (see `SelfAttention`)."""
-        drop = nn.Dropout(self.dropout, deterministic=self.dropout == 0)
+        drop = Dropout(self.dropout)
         attention = SelfAttention(self.heads, self.attention, self.dtype, name="attention")
         mlp = GatedMLP(self.mlp_hidden, x.shape[-1], dtype=self.dtype, name="mlp")
         y = RMSNorm(self.norm_eps, name="attention_norm")(x)

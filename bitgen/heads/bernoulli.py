@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from bitgen.errors import UserError
 from bitgen.nn.norms import Dtype, layer_norm
+from bitgen.nn.remat import Remat, remat_layer
 from bitgen.nn.sinusoids import sinusoids
 
 _TIME_FREQUENCIES = 256
@@ -30,6 +31,7 @@ class BernoulliHead(nn.Module):
     focal: float = 0.0  # exponent of (1 - p); negative: plain cross-entropy
     alpha: float = -1.0  # weight of ones; -1: by their frequency in each token
     vlb_weight: float = 0.0  # of the variational bound, "aux"
+    remat: Remat = False
     dtype: Dtype = jnp.float32
 
     def setup(self):
@@ -39,7 +41,8 @@ class BernoulliHead(nn.Module):
 
         self.time_in, self.time_out = dense(self.width), dense(self.width)
         self.bits_in, self.cond_in = dense(self.width), dense(self.width)
-        self.blocks = [_Block(self.width, self.dtype) for _ in range(self.layers)]
+        block = remat_layer(_Block, self.remat)
+        self.blocks = [block(self.width, self.dtype) for _ in range(self.layers)]
         self.final = _Final(self.bits, self.width, self.dtype)
 
     def time_table(self) -> Float[Array, "T w"]:

@@ -18,6 +18,7 @@ from bitgen.errors import UserError
 from bitgen.nn.matmul import DotGeneral
 from bitgen.nn.mlp import GatedMLP
 from bitgen.nn.norms import Dtype, layer_norm
+from bitgen.nn.remat import Remat, remat_layer
 from bitgen.nn.sinusoids import sinusoids
 
 _TIME_FREQUENCIES = 256
@@ -41,7 +42,7 @@ class RectifiedFlowHead(nn.Module):
     time_mean: float = -0.8  # of a normal n; times are sigmoid(mean + std n)
     time_std: float = 0.8
     draws: int = 4  # times and noises a token in the loss
-    remat: bool = False
+    remat: Remat = False
     dtype: Dtype = jnp.float32
 
     def setup(self):
@@ -59,7 +60,7 @@ class RectifiedFlowHead(nn.Module):
 
         self.time_in, self.time_out = dense(self.width, normal), dense(self.width, normal)
         self.cond_in, self.bits_in = dense(self.width, _xavier), dense(self.width, _xavier)
-        block = nn.remat(_Block) if self.remat else _Block
+        block = remat_layer(_Block, self.remat)
         self.blocks = [block(self.width, self.together > 1, self.dtype) for _ in range(self.layers)]
         chunks = 3 if self.together == 1 else 6
         self.modulation = [dense(chunks * self.width, zeros) for _ in range(self.modulations)]

@@ -1,6 +1,6 @@
 """Multi-head attention with rotary positions."""
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -8,23 +8,26 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
+from bitgen.errors import choose
 from bitgen.nn.matmul import DotGeneral
 from bitgen.nn.norms import Dtype
 from bitgen.nn.rope import rotate
 
-Implementation = Literal["xla", "cudnn"] | None
-# Of the length that a masked or causal kernel wants.
-LENGTH_MULTIPLES = {"cudnn": 64}
+Implementation = Literal["auto", "xla", "cudnn"]
+# Of the length: what a kernel's gradient wants without a mask, and what it wants with one.
+LENGTH_MULTIPLES = {"cudnn": (2, 64)}
+_HALVES = (jnp.bfloat16, jnp.float16)
+_LARGEST_HEAD = 128  # of cuDNN's fused kernels on every GPU that has them
 
 
 class SelfAttention(nn.Module):
     """Attention over n tokens, no biases, queries and keys rotated by position.
 
-    `implementation` is passed to `jax.nn.dot_product_attention`; None lets jax choose.
+    `implementation`: 'auto' is cuDNN's fused kernels where the GPU has them, else XLA's.
     """
 
     heads: int
-    implementation: Implementation = None
+    implementation: Implementation = "auto"
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -68,21 +71,41 @@ def attend(
     mask: Bool[np.ndarray, "n n"] | None,
     implementation: Implementation,
 ) -> Float[Array, "b n heads c"]:
-    """Returns softmax(q k / sqrt(c)) v over what the mask allows; a causal one takes its kernel."""
+    """Returns softmax(q k / sqrt(c)) v over what the mask allows; a causal one takes its kernel.
+
+    Raises UserError for an unknown implementation.
+    """
+    choose("config.model.attention", implementation, get_args(Implementation))
+    if implementation == "auto":
+        fused = q.dtype in _HALVES and q.shape[-1] <= _LARGEST_HEAD and q.shape[-1] % 8 == 0
+        implementation = "cudnn" if fused and _gpu_fuses() else "xla"
     n = q.shape[1]
-    if mask is None:
-        return jax.nn.dot_product_attention(q, k, v, implementation=implementation)
-    causal = bool((mask == np.tri(n, dtype=bool)).all())
-    pad = -n % LENGTH_MULTIPLES.get(implementation or "", 1)
+    multiple = LENGTH_MULTIPLES.get(implementation, (1, 1))[mask is not None]
+    pad = -n % multiple
     if pad:
+        q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q, k, v))
+    options: dict[str, Any] = {}
+    if mask is None:
+        if pad:
+            real = jnp.full((len(q),), n, jnp.int32)
+            options = {"query_seq_lengths": real, "key_value_seq_lengths": real}
+    elif (mask == np.tri(n, dtype=bool)).all():
+        options = {"is_causal": True}
+    else:
         # The last real token comes before the padding, which nothing real reads; a padded row
         # reads what a causal one would, so that no row is empty and no gradient is NaN.
-        q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q, k, v))
         padded = np.tri(n + pad, dtype=bool)
         padded[:n, :n] = mask
-        mask = padded
-    options: dict[str, Any] = {"is_causal": True} if causal else {"mask": mask[None, None]}
+        options = {"mask": padded[None, None]}
     return jax.nn.dot_product_attention(q, k, v, implementation=implementation, **options)[:, :n]
+
+
+def _gpu_fuses() -> bool:
+    """Whether the devices here are NVIDIA's of the Ampere generation or later."""
+    device = jax.local_devices()[0]
+    if "cuda" not in device.client.platform_version:
+        return False
+    return int(device.compute_capability.split(".")[0]) >= 8
 
 
 def _attend_cached(q, k, v, cache, start, mask):

@@ -1,4 +1,4 @@
-"""Products with few rows on a CPU: kernels stored features first.
+"""Kernels of matrix products as a sampler's loops want them: cast once, on a CPU features first.
 
 There XLA packs the kernel for every product, which takes longer than the product itself while the
 rows are few. It packs the other operand, the rows, if the kernel comes first and its features are
@@ -14,6 +14,17 @@ import jax.numpy as jnp
 
 FEATURES_FIRST = "features_first"
 _ROWS = 160  # with more, turning rows and features around costs more than it saves
+
+
+def cast_kernels(params: Any, dtype: Any) -> Any:
+    """Returns parameters with the kernels in a dtype.
+
+    A layer casts its kernel whenever it is applied, in a loop again and again: before a loop it is
+    done once.
+    """
+    return jax.tree.map_with_path(
+        lambda path, x: x.astype(dtype) if path[-1].key == "kernel" else x, params
+    )
 
 
 class DotGeneral(nn.Module):

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from bitgen.errors import UserError
-from bitgen.nn.matmul import FEATURES_FIRST
+from bitgen.nn.matmul import FEATURES_FIRST, cast_kernels
 from bitgen.samplers.guidance import guidance_schedule
 
 
@@ -109,21 +109,19 @@ def sample_bits(
     return generator.arrange(jnp.concatenate(drawn).swapaxes(0, 1))
 
 
-def prepare(generator: Any, params: Any) -> Prepared:
-    """Returns parameters as the loops read them: layers unstacked, kernels cast.
+def prepare(generator: Any, params: Any, platform: str = "") -> Prepared:
+    """Returns parameters as the loops of a platform read them: layers unstacked, kernels cast.
 
     On a CPU also kernels features first, which takes as long as a few groups: worth doing once for
-    many calls.
+    many calls. The platform '' is that of the devices here.
     """
-    params = jax.tree.map_with_path(
-        lambda path, x: x.astype(generator.dtype) if path[-1].key == "kernel" else x, params
-    )
-    stacked = jax.vmap(lambda layer: _variables(generator.block(), layer, *_one_group(generator)))(
-        params["layers"]
-    )
+    turned = (platform or jax.default_backend()) == "cpu"
+    params = cast_kernels(params, generator.dtype)
+    block, group = generator.block(), _one_group(generator)
+    stacked = jax.vmap(lambda layer: _variables(block, layer, turned, *group))(params["layers"])
     layers = (jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(generator.layers))
     rest = {name: value for name, value in params.items() if name != "layers"}
-    return Prepared(_variables(generator, rest, method=_all_products), tuple(layers))
+    return Prepared(_variables(generator, rest, turned, method=_all_products), tuple(layers))
 
 
 def start(
@@ -177,10 +175,10 @@ def _through_layers(generator, prepared, caches, x, position, index):
     return tuple(after), cond
 
 
-def _variables(module, params, *group, method=None):
-    """-> the parameters, and on a CPU the kernels that a pass over one group stores."""
+def _variables(module, params, turned, *group, method=None):
+    """-> the parameters and, if turned, the kernels that a pass over one group stores."""
     variables = {"params": params}
-    if jax.default_backend() != "cpu":
+    if not turned:
         return variables
     _, stored = module.apply(variables, *group, method=method, mutable=[FEATURES_FIRST])
     return {**variables, **stored}

@@ -60,13 +60,14 @@ def image_keys(seed: int, indices: np.ndarray) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(indices))
 
 
-def prepare(generator: Any, params: Any) -> Any:
+def prepare(generator: Any, params: Any, platform: str = "") -> Any:
     """Returns what samplers take in place of parameters, worth making once for many calls.
 
-    Only BitDance's on a CPU are others (see `autoregressive.prepare`).
+    Only BitDance's are others (see `autoregressive.prepare`).
     """
-    if isinstance(generator, BitDance) and jax.default_backend() == "cpu":
-        return jax.jit(functools.partial(autoregressive.prepare, generator))(params)
+    if isinstance(generator, BitDance):
+        prepared = functools.partial(autoregressive.prepare, generator, platform=platform)
+        return jax.jit(prepared)(params)
     return params
 
 

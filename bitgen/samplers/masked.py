@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from bitgen.errors import UserError
+from bitgen.nn.matmul import cast_kernels
 from bitgen.samplers.guidance import guidance_schedule, temperature_schedule
 
 
@@ -91,6 +92,7 @@ def sample_bits(
       mask: which tokens to draw; the same number in each image.
       masked: that number, which must be static.
     """
+    params = cast_kernels(params, generator.dtype)
     classes, state, parts = begin(generator, params, classes, plan, known, mask, masked)
     for window, xs in parts:
 

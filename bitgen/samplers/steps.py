@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Int, PRNGKeyArray, UInt8
 
 from bitgen.generators.bigr import BiGR
 from bitgen.generators.bitdance import BitDance
+from bitgen.nn.matmul import cast_kernels
 from bitgen.pixels import to_uint8
 from bitgen.samplers import masked
 from bitgen.samplers.images import Plan, sampler_of
@@ -31,6 +32,7 @@ _iteration = jax.jit(masked.iteration, static_argnums=(0, 4, 5))
 _sampled = jax.jit(
     lambda generator, *inputs: sampler_of(generator)(generator, *inputs), static_argnums=(0, 4)
 )
+_cast = jax.jit(cast_kernels, static_argnums=1)
 _embed, _decode = (jax.jit(function, static_argnums=0) for function in (_embed, _decode))
 
 
@@ -57,6 +59,7 @@ def bits_steps(
         bits = _sampled(generator, params, jnp.asarray(labels), keys, plan)
         yield bits, jnp.ones(bits.shape[:3], bool)
         return
+    params = _cast(params, generator.dtype)
     classes = _embed(generator, params, jnp.asarray(labels))
     classes, (bits, mask), parts = masked.begin(generator, params, classes, plan)
     shape = (len(classes), *generator.grid)
