@@ -228,7 +228,7 @@ def test_inpainting_changes_what_is_painted_only(browser, tmp_path):
         assert changed.any()
         assert not (changed & ~mask).any()
     assert len({result.tobytes() for result in results}) > 1
-    whole = images(browser, "#whole")
+    whole = images(browser, "#whole", 4)
     assert all((image != picture).any(-1).mean() > mask.mean() for image in whole)
 
     requests = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
