@@ -174,11 +174,12 @@ def _placed(shapes: Any, shardings: Any) -> Any:
 
 def _model_flops(config: Any, mesh: Any) -> float:
     """Of the step without what is computed again for gradients."""
-    if "remat" not in config.model:
+    generator = config.train.task == "generator"
+    if not generator and not config.model.get("remat", False):
         return 0.0  # the program's own
     plain = config.copy_and_resolve_references()
     with plain.ignore_type():
-        plain.model.remat = None if config.train.task == "generator" else False
+        plain.model.remat = None if generator else False
     return count_flops(traced_step(plain, mesh)[0].jaxpr)
 
 

@@ -138,7 +138,7 @@ def base(generator: str = "bigr") -> Any:
     config.benchmark.batches = ""
     config.benchmark.device = ""  # of memory: TPU v5e, H100, ...; '': the devices here
     config.benchmark.devices = 0  # of memory: so many of them; 0: as many as are here
-    # Of compile: devices that need not be here, v5e:2x4 (TPUs), cpu:8; '': the devices here.
+    # Of compile: devices that need not be here, v5e:2x4 (TPUs), h100:8, cpu:8; '': those here.
     config.benchmark.topology = ""
 
     # Compiled programs are kept in this directory, of the workdir unless it is absolute, for the

@@ -13,6 +13,7 @@ from bitgen.errors import UserError, first_line
 from bitgen.flops import count_bytes, count_flops
 from bitgen.logging import say
 from bitgen.measure import compiled_bytes
+from bitgen.traffic import traffic_of
 
 # What the compiler asks about GPUs besides memory and bandwidth, from the makers' pages: compute
 # capability, multiprocessors, 32-bit lanes of one, KiB of its shared memory, MiB of cache, GHz.
@@ -105,7 +106,8 @@ def _gpus(topology: str, name: str, count: int) -> list[Any]:
 def compile_row(what: str, traced: Any, mesh: Any) -> dict[str, Any]:
     """Returns what the compiler says of a traced program: whether it fits, memory, collectives.
 
-    And the time that the roofline leaves it at least, by the maker's peaks.
+    And, on each device, the kernels that it starts, the GB that products and other kernels move,
+    and the time that the maker's peaks leave it at least.
     """
     device = mesh.devices.flat[0]
     known = of_kind(device.device_kind)
@@ -126,11 +128,15 @@ def compile_row(what: str, traced: Any, mesh: Any) -> dict[str, Any]:
     size = compiled_bytes(compiled)
     row["compiles"] = "no" if known and size > known.memory else "yes"
     row["gib_a_device"] = size / GIB
-    calls = collections.Counter(_COLLECTIVES.findall(compiled.as_text()))
+    text = compiled.as_text()
+    moved = traffic_of(text)
+    row["kernels"] = moved.kernels
+    row |= {"products_gb": moved.products / 1e9, "others_gb": moved.others / 1e9}
+    calls = collections.Counter(_COLLECTIVES.findall(text))
     said = ", ".join(f"{count} {name}" for name, count in sorted(calls.items()))
     row["collectives"] = said or "none"
     if known:
-        flops, moved = (count(traced.jaxpr) / mesh.size for count in (count_flops, count_bytes))
-        bound = max(flops / known.flops, moved / known.bandwidth)
+        flops, least = (count(traced.jaxpr) / mesh.size for count in (count_flops, count_bytes))
+        bound = max(flops / known.flops, least / known.bandwidth)
         row |= {"tflop_a_device": flops / 1e12, "at_least_ms": bound * 1e3}
     return row

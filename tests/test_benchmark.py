@@ -116,6 +116,8 @@ def test_compile_for_fake_devices(tmp_path, capsys):
     (line,) = report(tmp_path)["results"]["compile"]["rows"]
     assert (line["what"], line["on"], line["compiles"]) == ("training step", "4 x cpu", "yes")
     assert line["gib_a_device"] >= 0
+    assert line["kernels"] > 100
+    assert line["products_gb"] > 0
     assert "all-reduce" in line["collectives"]
     assert "training step" in capsys.readouterr().out
 

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from test_remat import MODULES
 
 from bitgen.nn import matmul
-from bitgen.nn.matmul import FEATURES_FIRST, DotGeneral
+from bitgen.nn.matmul import FEATURES_FIRST, DotGeneral, cast_kernels
 
 LAYERS = {
     "dense": (nn.Dense(5, dot_general_cls=DotGeneral), (3, 4)),
@@ -46,3 +47,24 @@ def test_many_rows_read_the_kernel_itself(monkeypatch):
     doubled = jax.tree.map(lambda kernel: 2 * kernel, stored)
     np.testing.assert_array_equal(layer.apply({**params, **doubled}, x), plain)
     assert (layer.apply({**params, **doubled}, x[:1]) != plain[:1]).all()
+
+
+@pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
+def test_kernels_cast_once_are_those_that_a_layer_casts(module):
+    module = module.clone(dtype=jnp.bfloat16, dropout=0.0)
+    bits = jax.random.bernoulli(jax.random.key(1), 0.5, (2, 4, 4, 6))
+    keys = {name: jax.random.key(i) for i, name in enumerate(("params", "loss"))}
+    params = module.init(keys, bits, jnp.array([1, 2]), method="loss")["params"]
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), params)
+    cast = cast_kernels(params, jnp.bfloat16)
+    for path, leaf in jax.tree.leaves_with_path(cast):
+        names = [key.key for key in path]
+        dense = names[-1] == "kernel" or (names[-1] == "bias" and "norm" not in names[-2])
+        assert leaf.dtype == (jnp.bfloat16 if dense else jnp.float32), names
+
+    def loss(params):
+        rngs = {"loss": jax.random.key(2)}
+        return module.apply({"params": params}, bits, jnp.array([1, 2]), rngs=rngs, method="loss")
+
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(loss)(cast), jax.jit(loss)(params))
