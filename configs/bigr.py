@@ -7,9 +7,9 @@ The tokenizer is the released one of its bits, or yours: --config.tokenizer=runs
 Sizes: L, XL, XXL (256 px, 24 bits), XXL_d32 (256 px, 32 bits), L_512 (512 px, 32 bits).
 The recipe is the authors': batch 512 and bfloat16; they train L and XL on 8 A800 GPUs, XXL on 32,
 to FID 2.71, 2.49 and 2.36. With config.data.source=bits, config.data.path=BITS and
-config.tokenizer= empty, it trains on stored bits. For long runs on GPUs that each hold the whole model,
---config.model.unroll=True: longer compiling, shorter steps (docs/speed.md). Not run here at this size: no time or quality was
-measured.
+config.tokenizer= empty, it trains on stored bits. For long runs on GPUs that each hold the whole
+model, --config.model.unroll=True: longer compiling, shorter steps (docs/speed.md). Not run here at
+this size: no time or quality was measured.
 """
 
 from bitgen import config

@@ -8,8 +8,8 @@ one, or yours: --config.tokenizer=runs/gfq_ae/model. From ImageNet's own archive
 --config.data.source=tar --config.data.path=ILSVRC2012_img_train.tar. From stored bits
 (--mode=tokenize), without augmentation but flips: --config.data.source=bits
 --config.data.path=BITS --config.tokenizer=. Where memory is short:
---config.train.accumulate=4 --config.model.remat=True. For long runs on GPUs that each hold the whole
-model, --config.model.unroll=True: longer compiling, shorter steps (docs/speed.md).
+--config.train.accumulate=4 --config.model.remat=True. For long runs on GPUs that each hold the
+whole model, --config.model.unroll=True: longer compiling, shorter steps (docs/speed.md).
 
 The recipe is the authors': batch 1024, 800 epochs, bfloat16; they train B on 16, L on 32 and H on
 64 H100 GPUs, to FID 1.68, 1.69, 1.91, 1.31 and 1.24. Not run here at this size: no time or quality
