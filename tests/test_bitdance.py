@@ -1,5 +1,7 @@
 """BitDance: what must hold of it and of its sampler whatever the weights."""
 
+import importlib.util
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -294,6 +296,25 @@ def test_padding_the_length_changes_nothing(monkeypatch, together):
     np.testing.assert_allclose(padded, plain, atol=1e-5)
     for one, other in zip(padded_gradients, gradients, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "message"),
+    [
+        ("flash", r"unknown config.model.attention 'flash', have \['auto', 'cudnn', 'xla'\]"),
+        pytest.param(
+            "cudnn",
+            "config.model.attention=cudnn: cuDNN is not detected. Set auto or xla",
+            marks=pytest.mark.skipif(
+                importlib.util.find_spec("jax_plugins") is not None, reason="cuDNN may be here"
+            ),
+        ),
+    ],
+)
+def test_attention_that_is_not_here_is_one_clear_error(implementation, message):
+    x = jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
+    with pytest.raises(UserError, match=message):
+        attention.attend(x, x, x, None, implementation)
 
 
 def test_remat_changes_no_gradient(models):

@@ -8,7 +8,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from bitgen.errors import choose
+from bitgen.errors import UserError, choose, first_line
 from bitgen.nn.matmul import DotGeneral
 from bitgen.nn.norms import Dtype
 from bitgen.nn.rope import rotate
@@ -73,7 +73,7 @@ def attend(
 ) -> Float[Array, "b n heads c"]:
     """Returns softmax(q k / sqrt(c)) v over what the mask allows; a causal one takes its kernel.
 
-    Raises UserError for an unknown implementation.
+    Raises UserError for an implementation that is unknown or not here.
     """
     choose("config.model.attention", implementation, get_args(Implementation))
     if implementation == "auto":
@@ -97,7 +97,13 @@ def attend(
         padded = np.tri(n + pad, dtype=bool)
         padded[:n, :n] = mask
         options = {"mask": padded[None, None]}
-    return jax.nn.dot_product_attention(q, k, v, implementation=implementation, **options)[:, :n]
+    try:
+        y = jax.nn.dot_product_attention(q, k, v, implementation=implementation, **options)
+    except (RuntimeError, NotImplementedError) as e:  # no cuDNN, or no kernel of it for the sizes
+        if implementation != "cudnn":
+            raise
+        raise UserError(f"config.model.attention=cudnn: {first_line(e)} Set auto or xla") from None
+    return y[:, :n]
 
 
 def _gpu_fuses() -> bool:
