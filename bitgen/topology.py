@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import jax
+from jax.experimental import topologies
 
 from bitgen.devices import GIB, named, of_kind
 from bitgen.errors import UserError, first_line
@@ -40,8 +41,6 @@ def devices(topology: str) -> list[Any]:
     for name in _GPUS:
         if name.split()[0].lower() == card.lower() and (count or "1").isdigit():
             return _gpus(topology, name, int(count or 1))
-    from jax.experimental import topologies
-
     # Without it, the library asks the network which TPU this is.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     # Of v4 and v5p, jax sees the two cores of a chip as one device.
@@ -70,8 +69,6 @@ def _cpus(count: int) -> list[Any]:
 
 
 def _gpus(topology: str, name: str, count: int) -> list[Any]:
-    from jax.experimental import topologies
-
     card = named(name)
     major, cores, lanes, shared, cache, clock = _GPUS[name]
     target = f"""
@@ -115,16 +112,16 @@ def compile_row(what: str, traced: Any, mesh: Any) -> dict[str, Any]:
     absent = device.platform == "gpu" and device not in jax.devices()
     options = {"xla_gpu_enable_triton_gemm": False} if absent else {}
     row: dict[str, Any] = {"what": what, "on": f"{mesh.size} x {device.device_kind}"}
-    started = time.monotonic()
+    started, compiled = time.monotonic(), None
     try:
         compiled = traced.lower().compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
         say(f"{what}: {first_line(e)}")
-        row["compile_s"] = round(time.monotonic() - started, 1)
-        return {**row, "compiles": "no", "gib_a_device": 0.0, "collectives": "none"}
     row["compile_s"] = round(time.monotonic() - started, 1)
+    if compiled is None:
+        return {**row, "compiles": "no", "gib_a_device": 0.0, "collectives": "none"}
     size = compiled_bytes(compiled)
     row["compiles"] = "no" if known and size > known.memory else "yes"
     row["gib_a_device"] = size / GIB

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 from flax import linen as nn
 from test_remat import MODULES
 
@@ -53,10 +54,7 @@ def test_many_rows_read_the_kernel_itself(monkeypatch):
 def test_kernels_cast_once_are_those_that_a_layer_casts(module):
     module = module.clone(dtype=jnp.bfloat16, dropout=0.0)
     bits = jax.random.bernoulli(jax.random.key(1), 0.5, (2, 4, 4, 6))
-    keys = {name: jax.random.key(i) for i, name in enumerate(("params", "loss"))}
-    params = module.init(keys, bits, jnp.array([1, 2]), method="loss")["params"]
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), params)
+    params = small.random_params(module)
     cast = cast_kernels(params, jnp.bfloat16)
     for path, leaf in jax.tree.leaves_with_path(cast):
         names = [key.key for key in path]

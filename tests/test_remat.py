@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 
 from bitgen.generators.bigr import BiGR
 from bitgen.generators.bitdance import BitDance
@@ -30,10 +31,7 @@ def case(request):
     module = MODULES[request.param]
     bits = jax.random.bernoulli(jax.random.key(1), 0.5, (2, 4, 4, 6))
     labels = jnp.array([1, 2])
-    rngs = {"params": jax.random.key(0), "loss": jax.random.key(2), "dropout": jax.random.key(5)}
-    params = module.init(rngs, bits, labels, method="loss")
-    rng = np.random.default_rng(0)  # what is zero at first has no gradient to compare
-    params = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), params)
+    params = {"params": small.random_params(module)}
 
     def run(fields):
         rngs = {"loss": jax.random.key(3), "dropout": jax.random.key(4)}
