@@ -140,7 +140,7 @@ def _train(config: Any) -> dict[str, Any]:
 
     timing = time_calls(call, config.benchmark.repeats)
     peaks, images = _peaks(config.model.dtype), config.train.batch_size
-    flops = _model_flops(config, mesh) / count
+    flops = model_flops(config, mesh) / count
     what = f"training step, {images} images"
     return {"peaks": vars(peaks), "rows": [row(what, images, program, timing, peaks, flops)]}
 
@@ -172,8 +172,11 @@ def _placed(shapes: Any, shardings: Any) -> Any:
     )
 
 
-def _model_flops(config: Any, mesh: Any) -> float:
-    """Of the step without what is computed again for gradients."""
+def model_flops(config: Any, mesh: Any) -> float:
+    """Returns the operations of a step without what is computed again for gradients.
+
+    0 stands for all of the program's own.
+    """
     generator = config.train.task == "generator"
     if not generator and not config.model.get("remat", False):
         return 0.0  # the program's own
@@ -200,7 +203,7 @@ def _peaks(dtype: str) -> Peaks:
 
 # -------------------------------------------------------------------- tokenizer
 def _tokenizer(config: Any) -> dict[str, Any]:
-    module, mesh = _model(config, "tokenizer"), make_mesh(**config.mesh)
+    module, mesh = module_of(config, "tokenizer"), make_mesh(**config.mesh)
     size, everywhere = even_batch(config.tokenize.batch_size, mesh), replicated(mesh)
     shapes = build.param_shapes(module)
     params = random_values(shapes, jax.tree.map(lambda _: everywhere, shapes))
@@ -226,7 +229,7 @@ def _tokenizer(config: Any) -> dict[str, Any]:
     return {"rows": rows}
 
 
-def _model(config: Any, kind: str) -> Any:
+def module_of(config: Any, kind: str) -> Any:
     """Returns the module that samples or encodes, of the config's model or its directory."""
     dtype = choose("dtype", config.sample.dtype, build.DTYPES)
     if config.train.task == kind and not config[kind]:
@@ -275,7 +278,7 @@ def traced_sampler(config: Any, mesh: Any, size: int) -> tuple[Any, Any, tuple[A
     """Returns the generator, the traced program from labels to images, and its models' shapes."""
     if config.train.task == "tokenizer":
         raise _NotHere("the config has no generator")
-    generator, tokenizer = _model(config, "generator"), _model(config, "tokenizer")
+    generator, tokenizer = module_of(config, "generator"), module_of(config, "tokenizer")
     check = functools.partial(model_directory.Model, params={}, info={})
     model_directory.check_fit(
         check(generator, path=config.generator or "of config.model"),

@@ -76,18 +76,22 @@ class Timing:
     spread: float  # of the repeats, largest minus smallest, as a share of the median
 
 
-def time_calls(call: Callable[[], PyTree], repeats: int) -> Timing:
+def time_calls(call: Callable[[], PyTree], repeats: int, at_most: float = math.inf) -> Timing:
     """Returns the time of `call()`, whose result is waited for, after a call that is not timed.
 
-    A repeat is as many calls, one after another, as take a fifth of a second.
+    A repeat is as many calls, one after another, as take a fifth of a second. No repeat begins that
+    would end `at_most` seconds after the first began.
     """
     jax.block_until_ready(call())
-    started = time.perf_counter()
+    begun = time.perf_counter()
     jax.block_until_ready(call())
-    calls = max(1, math.ceil(_LEAST / (time.perf_counter() - started)))
-    seconds = []
-    for _ in range(repeats):
+    first = time.perf_counter() - begun
+    calls = max(1, math.ceil(_LEAST / first))
+    seconds = [first] if calls == 1 else []
+    while len(seconds) < repeats:
         started = time.perf_counter()
+        if seconds and started - begun + calls * seconds[-1] > at_most:
+            break
         for _ in range(calls):
             result = call()
         jax.block_until_ready(result)

@@ -22,8 +22,9 @@ import subprocess
 import sys
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -34,6 +35,21 @@ GUIDANCE = {"bitdance": 3.2, "bigr": 2.5}
 
 
 def main() -> None:
+    options = parse(sys.argv[1:])
+    if options.worker:
+        work(options)
+        return
+    with ready_workers(sys.argv[1:]) as workers:
+        for row in take_turns(workers, options):
+            told = []
+            for kind in workers:
+                median, least, most = (row[kind + end] for end in ("", "_least", "_most"))
+                told.append(f"{kind} {median:.3g} s ({least:.3g} to {most:.3g})")
+            print(f"{row['what']}:  {'  '.join(told)}  ratio {row['ratio']:.2f}", flush=True)
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Returns the options of a command line; ends the process if they are wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = sorted(path.name.removesuffix(".json.gz") for path in MANIFESTS.glob("bi*.json.gz"))
     names = [n for n in names if n.startswith(("bitdance_", "bigr_"))]
@@ -46,61 +62,86 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--compiled", action="store_true", help="the original by torch.compile")
     parser.add_argument("--worker", choices=["original", "bitgen"], help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if not options.reference.is_dir():
         parser.error(f"--reference={options.reference} is no directory: {parser.description}")
-    if options.worker:
-        work(options)
-        return
-    # On a GPU neither may take all memory for itself.
-    env = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    if not options.compiled:
-        env["TORCHDYNAMO_DISABLE"] = "1"
-    workers = {
-        kind: subprocess.Popen(
-            [sys.executable, *sys.argv, f"--worker={kind}"],
+    return options
+
+
+@contextlib.contextmanager
+def ready_workers(
+    arguments: Sequence[str], kinds: Sequence[str] = ("original", "bitgen")
+) -> Iterator[dict[str, "Worker"]]:
+    """Starts a process for each kind, and ends them; entered, all are warm.
+
+    `original` is eager or compiled as `arguments` say, `compiled` always compiled.
+    """
+    workers: dict[str, Worker] = {}
+    try:
+        for kind in kinds:
+            extra = ["--worker=bitgen"] if kind == "bitgen" else ["--worker=original"]
+            extra += ["--compiled"] if kind == "compiled" else []
+            workers[kind] = Worker([*arguments, *extra])
+        for worker in workers.values():
+            worker.calls = json.loads(worker.answer())
+        yield workers
+    finally:
+        for worker in workers.values():
+            worker.process.terminate()
+            worker.process.wait()
+
+
+class Worker:
+    """A process that has one side's calls, and runs each when it is asked to."""
+
+    def __init__(self, arguments: Sequence[str]):
+        # On a GPU neither may take all memory for itself.
+        env = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        if "--compiled" not in arguments:
+            env["TORCHDYNAMO_DISABLE"] = "1"
+        self.calls: list[str] = []
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env=env,
         )
-        for kind in ("original", "bitgen")
-    }
-    try:
-        take_turns(workers, options)
-    finally:
-        for worker in workers.values():
-            worker.terminate()
+
+    def seconds(self, call: str) -> float:
+        """Runs a call once."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{call}\n")
+        self.process.stdin.flush()
+        return float(self.answer())
+
+    def answer(self) -> str:
+        """Returns what the worker says next, after what the original prints."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("> "):
+                return line[2:]
+        raise SystemExit("a worker ended: its error is above")
 
 
-def take_turns(workers: dict[str, subprocess.Popen], options: argparse.Namespace) -> None:
-    """Prints the times of each call that both workers have."""
-    calls = {kind: json.loads(answer(worker)) for kind, worker in workers.items()}
-    for call in calls["bitgen"]:
+def take_turns(workers: dict[str, Worker], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yields medians, ranges and ratios, in seconds, of each call that all workers have."""
+    for call in workers["bitgen"].calls:
         seconds: dict[str, list[float]] = {kind: [] for kind in workers}
         for _ in range(options.rounds):
             for kind, worker in workers.items():
-                assert worker.stdin is not None
-                worker.stdin.write(f"{call}\n")
-                worker.stdin.flush()
-                seconds[kind].append(float(answer(worker)))
-        told = (
-            f"{kind} {statistics.median(s):.3g} s ({min(s):.3g} to {max(s):.3g})"
-            for kind, s in seconds.items()
-        )
-        ratio = statistics.median(seconds["original"]) / statistics.median(seconds["bitgen"])
-        told = "  ".join([*told, f"ratio {ratio:.2f}"])
-        what = f"{options.name} {call}, {options.dtype}, batch {options.batch}"
-        print(f"{what}:  {told}", flush=True)
-
-
-def answer(worker: subprocess.Popen) -> str:
-    """Returns what a worker says next, after what the original prints."""
-    assert worker.stdout is not None
-    for line in worker.stdout:
-        if line.startswith("> "):
-            return line[2:]
-    raise SystemExit("a worker ended: its error is above")
+                seconds[kind].append(worker.seconds(call))
+        row: dict[str, Any] = {
+            "what": f"{options.name} {call}, {options.dtype}, batch {options.batch}"
+        }
+        ours = statistics.median(seconds["bitgen"])
+        for kind, found in seconds.items():
+            row |= {kind: statistics.median(found)}
+            row |= {f"{kind}_least": min(found), f"{kind}_most": max(found)}
+            if kind != "bitgen":
+                name = "ratio" if kind == "original" else f"ratio_{kind}"
+                row[name] = statistics.median(found) / ours
+        yield row
 
 
 def work(options: argparse.Namespace) -> None:

@@ -47,6 +47,27 @@ BITDANCE = {
     "mlp_multiple": 32,
 }
 
+# Family -> what makes a model of any size small.
+SHRUNK = {
+    "bigr": {name: value for name, value in GENERATOR.items() if name != "bits"},
+    "bitdance": {
+        **{name: BITDANCE[name] for name in ("width", "layers", "heads", "num_classes")},
+        **{name: BITDANCE[name] for name in ("class_tokens", "head_width", "mlp_multiple")},
+        "grid": (8, 8),
+    },
+    "binary_ae": {
+        "width": 32,
+        "multipliers": (1, 1),
+        "blocks": 1,
+        "embed_dim": 32,
+        "image_size": 16,
+        "attention_resolutions": (),
+    },
+    "bitvae": {"width": 32, "multipliers": (1, 2), "blocks": 1, "image_size": 32},
+    "gfq_ae": {"width": 32, "multipliers": (1, 2), "blocks": 1, "image_size": 16},
+    "conv_ae": {"widths": (8, 8), "code": 8},
+}
+
 
 def _common(c: Any) -> Any:
     c.data.image_size = 8
@@ -86,6 +107,33 @@ def bitdance(tokenizer_directory) -> Any:
     c.sampler.guidance = 2.0
     c.tokenizer = str(tokenizer_directory)
     return c
+
+
+def shrunk(kind, family, fields):
+    """Returns the fields with all that makes a model large made small."""
+    fields = {**fields, **SHRUNK.get(family, {})}
+    if family == "dcae":
+        for side in ("encoder", "decoder"):
+            count = len(fields[f"{side}_widths"])
+            fields[f"{side}_widths"] = (32,) * count
+            fields[f"{side}_depths"] = tuple(min(d, 1) for d in fields[f"{side}_depths"])
+        fields["image_size"] = 2 ** max(5, count - 1)
+        fields["latent_channels"] = 32
+    if family == "bitdance":  # layers of the head go with its modulations
+        fields["head_layers"] = fields["head_modulations"]
+    return {name: value for name, value in fields.items() if name in build.fields_of(kind, family)}
+
+
+def shrink_model(c: Any) -> None:
+    """Makes the model of a training config small, and its batches and images with it."""
+    family, kind = c.model.family, c.train.task
+    run_fields = {"dtype": c.model.dtype}
+    fields = {name: value for name, value in c.model.to_dict().items() if name != "family"}
+    c.model = build.model_config(kind, family, **{**shrunk(kind, family, fields), **run_fields})
+    c.train.batch_size = 2 * c.train.accumulate
+    if kind == "tokenizer":
+        c.data.image_size = c.model.image_size
+        c.loss.discriminator_width, c.loss.discriminator_layers = 8, 1
 
 
 def rows(workdir: Path) -> list[dict[str, Any]]:

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import small
 from ml_collections import ConfigDict
+from small import shrink_model, shrunk
 
 from bitgen import build, memory, model_directory, zoo
 from bitgen.benchmark import traced_sampler, traced_step
@@ -17,42 +17,7 @@ from bitgen.mesh import make_mesh
 from bitgen.samplers.images import image_keys, image_sampler, make_plan
 
 FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
-SHRUNK = {
-    "bigr": {name: value for name, value in small.GENERATOR.items() if name != "bits"},
-    "bitdance": {
-        **{name: small.BITDANCE[name] for name in ("width", "layers", "heads", "num_classes")},
-        **{name: small.BITDANCE[name] for name in ("class_tokens", "head_width", "mlp_multiple")},
-        "grid": (8, 8),
-    },
-    "binary_ae": {
-        "width": 32,
-        "multipliers": (1, 1),
-        "blocks": 1,
-        "embed_dim": 32,
-        "image_size": 16,
-        "attention_resolutions": (),
-    },
-    "bitvae": {"width": 32, "multipliers": (1, 2), "blocks": 1, "image_size": 32},
-    "gfq_ae": {"width": 32, "multipliers": (1, 2), "blocks": 1, "image_size": 16},
-    "conv_ae": {"widths": (8, 8), "code": 8},
-}
-
 STEPPED = set()
-
-
-def shrink(kind, family, fields):
-    """Returns the fields with all that makes a model large made small."""
-    fields = {**fields, **SHRUNK.get(family, {})}
-    if family == "dcae":
-        for side in ("encoder", "decoder"):
-            count = len(fields[f"{side}_widths"])
-            fields[f"{side}_widths"] = (32,) * count
-            fields[f"{side}_depths"] = tuple(min(d, 1) for d in fields[f"{side}_depths"])
-        fields["image_size"] = 2 ** max(5, count - 1)
-        fields["latent_channels"] = 32
-    if family == "bitdance":  # layers of the head go with its modulations
-        fields["head_layers"] = fields["head_modulations"]
-    return {name: value for name, value in fields.items() if name in build.fields_of(kind, family)}
 
 
 def cases(slow_after=99):
@@ -123,16 +88,8 @@ def test_a_step_when_shrunk(get_config, size):
     if not c.train.task:
         assert_samples(c)
         return
-    family, kind = c.model.family, c.train.task
-    run_fields = {"dtype": c.model.dtype, "remat": c.model.get("remat", False)}
-    fields = {name: value for name, value in c.model.to_dict().items() if name != "family"}
-    small_fields = {**shrink(kind, family, fields), "dtype": run_fields["dtype"]}
-    c.model = build.model_config(kind, family, **small_fields)
-    c.train.batch_size = 2 * c.train.accumulate
-    if kind == "tokenizer":
-        c.data.image_size = c.model.image_size
-        c.loss.discriminator_width, c.loss.discriminator_layers = 8, 1
-    else:
+    shrink_model(c)
+    if c.train.task == "generator":
         c.data.source = "bits"
     if (step := f"{c.model}{c.get('loss')}{c.train}") in STEPPED:
         return  # sizes that are the same model when shrunk
@@ -159,7 +116,7 @@ def assert_samples(c):
     modules = []
     for kind in ("generator", "tokenizer"):
         entry = zoo.get(c[kind])
-        fields = shrink(kind, entry.family, zoo.settings(entry))
+        fields = shrunk(kind, entry.family, zoo.settings(entry))
         modules.append(build.make_module(kind, entry.family, fields))
     generator, tokenizer = modules
     tokenizer = tokenizer.clone(image_size=2 * generator.grid[0])

@@ -1,0 +1,32 @@
+"""The originals beside bitgen: the same synthetic weights of real size, in turns, bfloat16."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import side_by_side
+
+from tests.accelerator.part import READY, Context
+
+# Where the checkout has its packages.
+FOLDERS = {"bitdance": "BitDance/imagenet_gen", "bigr": "BiGR"}
+# An eager B-1x of 100 head steps would take most of the time there is.
+STEPS = {"bitdance_B_1x": 20}
+
+
+def beside(name: str, context: Context) -> Iterator[Any]:
+    """Eager original, compiled original and bitgen; in a rehearsal eager alone, in few steps."""
+    folder = (context.originals or context.scratch) / FOLDERS[name.split("_")[0]]
+    if not folder.is_dir():
+        yield {"what": name, "left_out": f"no checkout of the original in {folder}"}
+        return
+    steps, rounds = STEPS.get(name, 100), 3
+    kinds, dtype = ("original", "compiled", "bitgen"), "bfloat16"
+    if context.rehearse:
+        # bfloat16 is slow on a CPU, and so is compiling for it.
+        steps, rounds, kinds, dtype = 1, 1, ("original", "bitgen"), "float32"
+    arguments = [name, f"--reference={folder}", f"--steps={steps}", f"--rounds={rounds}"]
+    arguments.append(f"--dtype={dtype}")
+    with side_by_side.ready_workers(arguments, kinds) as workers:
+        yield READY
+        for row in side_by_side.take_turns(workers, side_by_side.parse(arguments)):
+            yield {**row, "steps": steps}
