@@ -18,6 +18,7 @@ import contextlib
 import json
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -28,8 +29,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from tests.accelerator.part import READY, Context, Part
-from tests.accelerator.rounds import rounds
+from .part import READY, Context, Part
+from .rounds import rounds
 
 ROOT = Path(__file__).resolve().parents[2]
 # Trying Triton's variants of every product takes most of the compiler's time, and they meet other
@@ -97,14 +98,11 @@ class Process:
     """One part at work, and what it has said."""
 
     def __init__(self, part: Part, options: argparse.Namespace, log: TextIO):
-        arguments = [f"--part={part.name}", f"--out={options.out}", f"--scratch={options.scratch}"]
-        arguments += [f"--originals={options.originals.resolve()}"] if options.originals else []
-        arguments += ["--rehearse"] if options.rehearse else []
         self.part, self.started = part, time.monotonic()
         self.said: queue.Queue[Any] = queue.Queue()
         self.last_words = ""
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.accelerator", *arguments],
+            command(part, options),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -114,7 +112,8 @@ class Process:
             env=environment(part, options),
             start_new_session=True,  # so that its own processes end with it
         )
-        threading.Thread(target=self._listen, args=(log,), daemon=True).start()
+        self.listener = threading.Thread(target=self._listen, args=(log,), daemon=True)
+        self.listener.start()
 
     def _listen(self, log: TextIO) -> None:
         assert self.process.stdout is not None
@@ -124,7 +123,8 @@ class Process:
             else:
                 log.write(f"[{self.part.name}] {line}")
                 log.flush()
-                self.last_words = line.strip() or self.last_words
+                if re.match(r"[\w.]+(Error|Exception|Exit)\b", line) or not self.last_words:
+                    self.last_words = line.strip()
         self.said.put(None)
 
     def rows(self, seconds: float) -> Iterator[Any]:
@@ -156,6 +156,19 @@ class Process:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        self.listener.join()
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+
+
+def command(part: Part, options: argparse.Namespace) -> list[str]:
+    """Returns the command of a part's process."""
+    arguments = [f"--part={part.name}", f"--scratch={options.scratch}"]
+    arguments += [f"--originals={options.originals.resolve()}"] if options.originals else []
+    arguments += ["--rehearse"] if options.rehearse else []
+    return [sys.executable, "-m", "tests.accelerator", *arguments]
 
 
 def environment(part: Part, options: argparse.Namespace) -> dict[str, str]:
@@ -170,6 +183,8 @@ def environment(part: Part, options: argparse.Namespace) -> dict[str, str]:
     if options.rehearse:
         env["JAX_PLATFORMS"] = "cpu"
     env["XLA_FLAGS"] = f"{FLAGS} {part.flags} {os.environ.get('XLA_FLAGS', '')}".strip()
+    # bitgen need not be installed.
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(":")
     return env
 
 

@@ -18,8 +18,9 @@ from bitgen.errors import UserError
 from bitgen.measure import random_values
 from bitgen.nn.attention import attend
 from bitgen.samplers.images import image_keys, sampler_of
-from tests.accelerator.models import released
-from tests.accelerator.part import Context
+
+from .models import released
+from .part import Context
 
 TESTS = Path(__file__).resolve().parents[1]
 LENGTHS = (256, 257, 319)
@@ -72,12 +73,11 @@ def attention(context: Context) -> Iterator[dict[str, Any]]:
             with jax.default_matmul_precision("highest"):
                 exact = _with_gradients("xla", mask, *(x.astype(jnp.float32) for x in (q, k, v, g)))
             row: dict[str, Any] = {"what": f"length {n}, mask {name}"}
-            for kernel in ("xla", "cudnn"):
+            for kernel in ("xla",) if jax.default_backend() == "cpu" else ("xla", "cudnn"):
                 try:
                     ours = _with_gradients(kernel, mask, q, k, v, g)
                 except UserError as e:
-                    row[kernel] = str(e)[:120]
-                    row["holds"] = context.rehearse  # a CPU has no cuDNN
+                    row |= {kernel: str(e)[:120], "holds": False}
                     continue
                 errors = [_error(x, y) for x, y in zip(ours, exact, strict=True)]
                 row |= {f"{kernel}_value": errors[0], f"{kernel}_gradient": max(errors[1:])}
@@ -120,7 +120,7 @@ def sampler(name: str, context: Context) -> Iterator[dict[str, Any]]:
     bits, images = jax.jit(draw)(*params, jnp.arange(2), image_keys(0, np.arange(2)))
     share, finite = float(jnp.mean(bits)), bool(jnp.all(jnp.isfinite(images)))
     yield {
-        "what": f"{name}, bfloat16, {plan}",
+        "what": f"{name}, bfloat16, few steps",
         "holds": finite and 0.01 < share < 0.99,
         "ones": share,
         "finite": finite,

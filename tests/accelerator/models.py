@@ -8,7 +8,8 @@ import small
 
 from bitgen import benchmark
 from bitgen.samplers.images import make_plan
-from tests.accelerator.part import Context
+
+from .part import Context
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -33,7 +34,7 @@ def sampling(name: str, context: Context, short: bool = False) -> Any:
             small.write_models(folder, family)
         c.generator, c.tokenizer = (str(folder / k / "model") for k in ("generator", "tokenizer"))
     if short or context.rehearse:
-        changes = {"iterations": 4, "denoiser_steps": 10, "head_steps": 5}
+        changes = {"iterations": 4, "denoiser_steps": 8, "head_steps": 5}
         c.sampler.update({key: changes[key] for key in changes if key in c.sampler})
     return c
 

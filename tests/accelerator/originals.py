@@ -5,7 +5,7 @@ from typing import Any
 
 import side_by_side
 
-from tests.accelerator.part import READY, Context
+from .part import READY, Context
 
 # Where the checkout has its packages.
 FOLDERS = {"bitdance": "BitDance/imagenet_gen", "bigr": "BiGR"}
@@ -15,9 +15,12 @@ STEPS = {"bitdance_B_1x": 20}
 
 def beside(name: str, context: Context) -> Iterator[Any]:
     """Eager original, compiled original and bitgen; in a rehearsal eager alone, in few steps."""
-    folder = (context.originals or context.scratch) / FOLDERS[name.split("_")[0]]
+    if context.originals is None:
+        yield {"what": name, "left_out": "--originals names no folder with its code"}
+        return
+    folder = context.originals / FOLDERS[name.split("_")[0]]
     if not folder.is_dir():
-        yield {"what": name, "left_out": f"no checkout of the original in {folder}"}
+        yield {"what": name, "left_out": f"its code is not in {folder}"}
         return
     steps, rounds = STEPS.get(name, 100), 3
     kinds, dtype = ("original", "compiled", "bitgen"), "bfloat16"

@@ -1,6 +1,7 @@
 """Where the time goes: the kernels that a program starts, the longest, and the gaps between."""
 
 import collections
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,10 +11,11 @@ import jax
 
 from bitgen import benchmark
 from bitgen.measure import compile_program, random_values, time_calls
-from tests.accelerator import training
-from tests.accelerator.models import sampling
-from tests.accelerator.part import READY, Context
-from tests.accelerator.samplers import calls, compiled
+
+from . import training
+from .models import sampling
+from .part import READY, Context
+from .samplers import calls, compiled
 
 LONGEST = 20
 # What the profiler derives from the kernels, on lines of its own.
@@ -113,11 +115,15 @@ def events_of(call: Callable[[], Any]) -> list[Event]:
 
 
 def _kernels(plane: str, line: Any) -> Iterator[Event]:
-    if plane.startswith("/device:") and plane.endswith(":0"):
-        if line.name.startswith(DERIVED):
-            return
-    elif jax.default_backend() != "cpu" or not line.name.startswith("tf_XLA"):
+    on_cpu = jax.default_backend() == "cpu"
+    if on_cpu and not line.name.startswith("tf_XLA"):
         return
+    if not on_cpu and not (plane.startswith("/device:") and plane.endswith(":0")):
+        return
+    if line.name.startswith(DERIVED):
+        return
+    # On a CPU the threads also say when they begin, wait and run a whole loop.
+    other = re.compile(r"::|^end: |^while|^call" if on_cpu else r"^$")
     for event in line.events:
-        if "::" not in event.name and not event.name.startswith("end: "):
+        if not other.search(event.name):
             yield Event(event.start_ns, event.start_ns + event.duration_ns, event.name)

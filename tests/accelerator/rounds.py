@@ -5,8 +5,8 @@ What a round holds ready at once has to fit the device's memory: a step of BiGR-
 
 from functools import partial
 
-from tests.accelerator import exactness, originals, profiles, samplers, training
-from tests.accelerator.part import Part
+from . import exactness, originals, profiles, samplers, training
+from .part import Part
 
 # Without graphs of kernels (XLA's command buffers), whose kernels a profile does not tell apart.
 NO_GRAPHS = "--xla_gpu_enable_command_buffer="

@@ -14,8 +14,9 @@ from bitgen.measure import Peaks, compile_program, measure_peaks, random_values,
 from bitgen.mesh import make_mesh
 from bitgen.samplers.images import image_keys
 from bitgen.traffic import traffic_of
-from tests.accelerator.models import sampling
-from tests.accelerator.part import READY, Context
+
+from .models import sampling
+from .part import READY, Context
 
 GROWING = 1.1  # by less, throughput has stopped growing
 SECONDS = 10.0  # for the repeats of a batch
@@ -55,7 +56,7 @@ def sampler(name: str, batches: Sequence[int], context: Context) -> Iterator[Any
     for size in (1, 2) if context.rehearse else batches:
         generator, program, shapes = compiled(sampling(name, context), size)
         programs[size] = program
-        yield {"what": f"compiled, batch {size}", "compile_s": round(program.compile_seconds, 1)}
+        print(f"batch {size}: compiled in {program.compile_seconds:.1f} s", flush=True)
     kernels = traffic_of(programs[1].run.as_text()).kernels
     yield READY
     limits = measured_peaks(context)

@@ -16,9 +16,10 @@ from bitgen.mesh import make_mesh, replicated
 from bitgen.sharding import RULES
 from bitgen.state import born_sharded
 from bitgen.train import Feed
-from tests.accelerator.models import config
-from tests.accelerator.part import READY, Context
-from tests.accelerator.samplers import measured_peaks
+
+from .models import config
+from .part import READY, Context
+from .samplers import measured_peaks
 
 WARM, SECONDS, MOST = 3, 6.0, 50  # steps not timed; for those that are; steps at most
 
@@ -30,8 +31,7 @@ def step(name: str, batch: int, unrolled: bool, context: Context) -> Iterator[An
         c = settings(name, batch, context, unroll)
         program = compile_program(benchmark.traced_step(c, mesh)[0], 1)
         programs[_words(unroll)] = c, program
-        seconds = round(program.compile_seconds, 1)
-        yield {"what": f"compiled{_words(unroll)}", "compile_s": seconds}
+        print(f"compiled{_words(unroll)} in {program.compile_seconds:.1f} s", flush=True)
     write_data(c)
     yield READY
     peaks, known = measured_peaks(context), devices.of_kind(jax.devices()[0].device_kind)
@@ -48,6 +48,7 @@ def step(name: str, batch: int, unrolled: bool, context: Context) -> Iterator[An
             "images_per_s": size / seconds,
             "mfu": f"{flops / seconds / peaks.flops:.1%}",
             "data_wait": f"{waited:.1%}",
+            "compile_s": round(program.compile_seconds, 1),
             "gib_a_device": program.memory / devices.GIB,
             "loss": float(metrics["loss"]),
         }
@@ -121,10 +122,11 @@ def _timed(c: Any, mesh: Any, program: Any, state: Any, frozen: Any) -> tuple[An
         process_count=1,
     )  # fmt: skip
     feed, metrics, begun, waited = Feed(batches, mesh, 0), {}, 0.0, 0.0
+    names = memory.shapes_task(c).batch_shapes()  # a tokenizer's step takes no labels
     try:
         for done in range(1, WARM + MOST + 1):
             waiting = time.perf_counter()
-            batch = feed.next()
+            batch = {name: rows for name, rows in feed.next().items() if name in names}
             waited += time.perf_counter() - waiting
             before = metrics
             state, metrics = program.run(state, frozen, batch)
