@@ -18,7 +18,7 @@ from .part import READY, Context
 from .samplers import calls, compiled
 
 LONGEST = 20
-# What the profiler derives from the kernels, on lines of its own.
+# Lines of a GPU that the profiler derives from those of its streams.
 DERIVED = ("XLA ", "Framework ", "Steps", "Source", "Launch Stats", "TensorFlow ")
 
 
@@ -115,15 +115,16 @@ def events_of(call: Callable[[], Any]) -> list[Event]:
 
 
 def _kernels(plane: str, line: Any) -> Iterator[Event]:
-    on_cpu = jax.default_backend() == "cpu"
-    if on_cpu and not line.name.startswith("tf_XLA"):
-        return
-    if not on_cpu and not (plane.startswith("/device:") and plane.endswith(":0")):
-        return
-    if line.name.startswith(DERIVED):
-        return
+    """Yields what ran on a line of the profile, if it is one of the first device's."""
+    platform, ours = jax.default_backend(), plane.startswith("/device:") and plane.endswith(":0")
+    if platform == "cpu":
+        ours = line.name.startswith("tf_XLA")
+    elif platform == "tpu":
+        ours &= line.name == "XLA Ops"
+    else:
+        ours &= not line.name.startswith(DERIVED)
     # On a CPU the threads also say when they begin, wait and run a whole loop.
-    other = re.compile(r"::|^end: |^while|^call" if on_cpu else r"^$")
-    for event in line.events:
+    other = re.compile(r"::|^end: |^while|^call" if platform == "cpu" else r"^$")
+    for event in line.events if ours else ():
         if not other.search(event.name):
             yield Event(event.start_ns, event.start_ns + event.duration_ns, event.name)
