@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 import small
@@ -17,6 +18,11 @@ from accelerator import profiles, training
 from accelerator.part import READY, Context, Part
 from accelerator.rounds import BATCHES, STEPS, rounds
 from PIL import Image
+
+from bitgen import devices, memory
+from bitgen.benchmark import traced_step
+from bitgen.flops import count_flops
+from bitgen.mesh import make_mesh
 
 ROOT = Path(__file__).resolve().parents[1]
 HIDE = """
@@ -99,6 +105,18 @@ def test_each_part_has_a_name_of_its_own_and_every_size_is_used():
     assert len(set(names)) == len(names)
     assert {f"sample-{name}" for name in BATCHES} <= set(names)
     assert {f"train-{name.replace(':', '_')}" for name in STEPS} <= set(names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STEPS)
+def test_steps_of_real_size_fit_an_h100_by_shapes(name, tmp_path):
+    batch, unrolled = STEPS[name]
+    c = training.settings(name, batch, Context(False, tmp_path, None), unrolled or None)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    traced, (_, _, shapes) = traced_step(c, mesh)
+    assert all(shape.shape[0] == batch for shape in shapes.values())
+    assert count_flops(traced.jaxpr) > 1e12
+    assert memory.fits(memory.estimate(c, 1), devices.named("H100").memory)
 
 
 # ------------------------------------------------------------------------ parts that fail
@@ -188,7 +206,7 @@ def test_training_reads_what_it_wrote(tmp_path):
         )
         batch = next(batches)
         batches.close()
-        for key, shape in training.memory.shapes_task(c).batch_shapes().items():
+        for key, shape in memory.shapes_task(c).batch_shapes().items():
             assert batch[key].shape == shape.shape
             assert batch[key].dtype == shape.dtype
             assert key == "label" or len(np.unique(batch[key])) > 8

@@ -131,10 +131,15 @@ class Process:
         """Yields what it says until it is ready or has ended; raises TimeoutError."""
         until = time.monotonic() + seconds
         while True:
+            ended = self.process.poll() is not None
             try:
-                said = self.said.get(timeout=max(0.0, until - time.monotonic()))
+                said = self.said.get(timeout=min(1.0, max(0.0, until - time.monotonic())))
             except queue.Empty:
-                raise TimeoutError(f"not done in {seconds:.0f} s") from None
+                if not ended and time.monotonic() < until:
+                    continue
+                if not ended:
+                    raise TimeoutError(f"not done in {seconds:.0f} s") from None
+                said = None  # what it started may hold its output open
             if said is None:
                 if self.process.wait():
                     status = self.process.returncode
@@ -156,11 +161,12 @@ class Process:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        self.listener.join()
+        self.listener.join(timeout=5.0)
         for pipe in (self.process.stdin, self.process.stdout):
             assert pipe is not None
             with contextlib.suppress(BrokenPipeError):
-                pipe.close()
+                if not self.listener.is_alive():
+                    pipe.close()
 
 
 def command(part: Part, options: argparse.Namespace) -> list[str]:

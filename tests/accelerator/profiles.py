@@ -43,9 +43,9 @@ def step(name: str, batch: int, unrolled: bool, context: Context) -> Iterator[An
     mesh = training.one_device()
     c = training.settings(name, batch, context, True if unrolled else None)
     traced, (_, _, shapes) = benchmark.traced_step(c, mesh)
-    program = compile_program(traced, 1)
+    program, start = compile_program(traced, 1), training.starter(c, mesh)
     yield READY
-    state, frozen = training.start(c, mesh)
+    state, frozen = start()
     batch = random_values(shapes, jax.tree.map(lambda s: s.sharding, shapes))
 
     def call():

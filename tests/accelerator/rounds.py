@@ -15,10 +15,10 @@ TOKENIZERS = ("bigr_bae_d24", "bitdance_ae_d16c32")
 # Row of configs/*_released.py -> images at once.
 BATCHES = {
     "bigr_L_d24": (1, 8, 64),
-    "bitdance_B_1x": (1, 16, 128, 512),
-    "bitdance_B_16x": (1, 16, 128, 512),
+    "bitdance_B_1x": (1, 32, 256),
+    "bitdance_B_16x": (1, 32, 256),
     "bigr_XL_d24": (1, 8, 32),
-    "bitdance_L_1x": (1, 16, 128, 512),
+    "bitdance_L_1x": (1, 32, 256),
 }
 # Config -> images of a step; True where its layers are also unrolled.
 STEPS = {

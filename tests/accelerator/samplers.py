@@ -2,6 +2,7 @@
 
 import functools
 import json
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from .part import READY, Context
 
 GROWING = 1.1  # by less, throughput has stopped growing
 SECONDS = 10.0  # for the repeats of a batch
+PATIENCE = 60.0  # seconds after which no further program is compiled
 
 
 # -------------------------------------------------------------------------------------- peaks
@@ -52,8 +54,11 @@ def measured_peaks(context: Context) -> Peaks:
 # ----------------------------------------------------------------------------------- samplers
 def sampler(name: str, batches: Sequence[int], context: Context) -> Iterator[Any]:
     """From labels to images at the authors' settings, until throughput stops growing."""
-    programs = {}
+    programs, begun = {}, time.monotonic()
     for size in (1, 2) if context.rehearse else batches:
+        if time.monotonic() - begun > PATIENCE:
+            print(f"batch {size} and larger: no time to compile", flush=True)
+            break
         generator, program, shapes = compiled(sampling(name, context), size)
         programs[size] = program
         print(f"batch {size}: compiled in {program.compile_seconds:.1f} s", flush=True)

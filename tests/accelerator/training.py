@@ -1,7 +1,7 @@
 """Training steps at real size, fed from files: stored bits for generators, JPEGs for tokenizers."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +13,34 @@ from bitgen import benchmark, data, devices, memory
 from bitgen.data.packed import PackedWriter
 from bitgen.measure import compile_program, random_values
 from bitgen.mesh import make_mesh, replicated
-from bitgen.sharding import RULES
-from bitgen.state import born_sharded
+from bitgen.sharding import RULES, tree_shardings
 from bitgen.train import Feed
 
 from .models import config
 from .part import READY, Context
-from .samplers import measured_peaks
+from .samplers import PATIENCE, measured_peaks
 
 WARM, SECONDS, MOST = 3, 6.0, 50  # steps not timed; for those that are; steps at most
 
 
 def step(name: str, batch: int, unrolled: bool, context: Context) -> Iterator[Any]:
     """A step of a shipped config in bfloat16, as it is and, if `unrolled`, with layers unrolled."""
-    mesh, programs = one_device(), {}
+    mesh, programs, begun = one_device(), {}, time.monotonic()
     for unroll in (True, False) if unrolled else (None,):
+        if time.monotonic() - begun > PATIENCE:
+            print(f"no time to compile{_words(unroll)}", flush=True)
+            break
         c = settings(name, batch, context, unroll)
         program = compile_program(benchmark.traced_step(c, mesh)[0], 1)
-        programs[_words(unroll)] = c, program
+        flops = benchmark.model_flops(c, mesh) or program.flops
+        programs[_words(unroll)] = c, program, flops
         print(f"compiled{_words(unroll)} in {program.compile_seconds:.1f} s", flush=True)
     write_data(c)
+    start = starter(c, mesh)
     yield READY
     peaks, known = measured_peaks(context), devices.of_kind(jax.devices()[0].device_kind)
-    for words, (c, program) in programs.items():
-        state, frozen = start(c, mesh)
-        flops = benchmark.model_flops(c, mesh) or program.flops
+    for words, (c, program, flops) in programs.items():
+        state, frozen = start()
         seconds, waited, metrics = _timed(c, mesh, program, state, frozen)
         finite = all(bool(np.all(np.isfinite(x))) for x in jax.tree.leaves(metrics))
         size = c.train.batch_size
@@ -108,11 +111,15 @@ def write_data(c: Any) -> None:
         picture.save(path / "pictures" / f"{i:05d}.jpg")
 
 
-def start(c: Any, mesh: Any) -> tuple[Any, Any]:
-    """Returns the state before the first step, and frozen models with random weights."""
-    task = memory.shapes_task(c)
-    state, _ = born_sharded(task.init, jax.random.key(0), RULES[c.model.family], mesh)
-    return state, random_values(task.frozen_shapes(), replicated(mesh))
+def starter(c: Any, mesh: Any) -> Callable[[], tuple[Any, Any]]:
+    """Returns f() -> the state before the first step, and frozen models with random weights.
+
+    It is compiled; only what f returns lies on the device.
+    """
+    task, key = memory.shapes_task(c), jax.random.key(0)
+    shardings = tree_shardings(jax.eval_shape(task.init, key), RULES[c.model.family], mesh)
+    init = jax.jit(task.init, out_shardings=shardings).lower(key).compile()
+    return lambda: (init(key), random_values(task.frozen_shapes(), replicated(mesh)))
 
 
 def _timed(c: Any, mesh: Any, program: Any, state: Any, frozen: Any) -> tuple[Any, ...]:
