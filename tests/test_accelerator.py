@@ -184,6 +184,14 @@ def test_a_part_that_takes_too_long_is_ended_with_what_it_started(report, tmp_pa
     assert not mark.exists()
 
 
+def test_what_the_time_cuts_off_is_left_out_not_failed(report):
+    ready = f"say('{READY}'); sys.stdin.readline(); time.sleep(60)"
+    status, rows = report({"a": ready, "b": f"say('{READY}')"}, seconds=2.0)
+    assert status == 0
+    assert rows["a"] == [{"left_out": "the time of all was over before it was done"}]
+    assert rows["b"] == [{"left_out": "no time was left"}]
+
+
 def test_no_part_begins_when_the_time_is_over(report):
     status, rows = report({"a": "say({'what': 'x'})"}, seconds=0.0)
     assert status == 0

@@ -26,6 +26,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -67,6 +68,7 @@ def main() -> int:
         parser.error(f"--originals={options.originals} is no directory")
     options.jobs = options.jobs or max(1, (os.cpu_count() or 1) // 2)
     options.out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of what ends the parts
     with tempfile.TemporaryDirectory(prefix="bitgen-accelerator-") as scratch:
         options.scratch = Path(scratch)
         return Report(options).run(chosen)
@@ -89,8 +91,8 @@ def work(options: argparse.Namespace) -> int:
     context = Context(options.rehearse, options.scratch, options.originals)
     for said in part.run(context):
         print(">", json.dumps(said, default=float), flush=True)
-        if said == READY:
-            sys.stdin.readline()
+        if said == READY and not sys.stdin.readline():
+            return 1  # nobody listens any more
     return 0
 
 
@@ -222,15 +224,16 @@ class Report:
 
         tables = []
         for name in dict.fromkeys(row["part"] for row in self.rows):
-            rows = [{**row} for row in self.rows if row["part"] == name]
-            for row in rows:
-                row.pop("part")
+            own = [row for row in self.rows if row["part"] == name]
+            rows = [{key: row[key] for key in row if key != "part"} for row in own]
             tables.append(f"{name}\n{format_table(rows)}")
         table = "\n\n".join(tables) + "\n"
         (out / "table.txt").write_text(table)
         print(f"\n{table}")
         if self.failed:
-            print(f"failed: {', '.join(self.failed)} ({out / 'log.txt'} has what they said)")
+            print(
+                f"failed: {', '.join(sorted(self.failed))} ({out / 'log.txt'} has what they said)"
+            )
         return int(bool(self.failed))
 
     def row(self, part: str, values: dict[str, Any]) -> None:
@@ -244,24 +247,14 @@ class Report:
             print(f"{time.monotonic() - self.begun:6.1f} s  {part}  {told}", flush=True)
 
     def _round(self, parts: list[Part]) -> None:
-        ready: dict[str, Process] = {}
-        places = threading.Semaphore(self.options.jobs)
-
-        def prepare(part: Part) -> None:
-            with places:
-                process = self._prepared(part)
+        pool = ThreadPoolExecutor(self.options.jobs)
+        try:
+            ready = list(pool.map(self._prepared, parts))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        for process in ready:
             if process is not None:
-                ready[part.name] = process
-
-        threads = [threading.Thread(target=prepare, args=(part,)) for part in parts]
-        for thread in threads:  # in the order of worth
-            thread.start()
-            time.sleep(0.01)
-        for thread in threads:
-            thread.join()
-        for part in parts:
-            if part.name in ready:
-                self._measure(ready[part.name])
+                self._measure(process)
 
     def _left(self) -> float:
         return self.until - time.monotonic()
@@ -273,11 +266,10 @@ class Report:
             return None
         process = Process(part, self.options, self.log)
         self.processes.append(process)
-        measuring = self._listen(process, min(part.prepare, self._left()))
-        if measuring:
-            self.log.write(f"[{part.name}] ready after {self._age(process):.1f} s\n")
-            return process
-        return None
+        if not self._listen(process, min(part.prepare, self._left())):
+            return None
+        self.log.write(f"[{part.name}] ready after {time.monotonic() - process.started:.1f} s\n")
+        return process
 
     def _measure(self, process: Process) -> None:
         if self._left() <= 0:
@@ -298,13 +290,13 @@ class Report:
                 if said.get("holds") is False:
                     self.failed.append(f"{name} ({said.get('what', '')})")
         except (TimeoutError, RuntimeError) as e:
-            self.row(name, {"failed": str(e)})
-            self.failed.append(name)
+            if self._left() <= 0:
+                self.row(name, {"left_out": "the time of all was over before it was done"})
+            else:
+                self.row(name, {"failed": str(e)})
+                self.failed.append(name)
         process.end()
         return False
-
-    def _age(self, process: Process) -> float:
-        return time.monotonic() - process.started
 
 
 def _short(value: Any) -> str:
