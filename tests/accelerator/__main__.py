@@ -50,6 +50,9 @@ def main() -> int:
     parser.add_argument("--only", default="", help="parts, or how their names begin: exact,train")
     parser.add_argument("--minutes", type=float, default=8.0, help="for all of it")
     parser.add_argument("--jobs", type=int, default=0, help="parts that prepare at once")
+    parser.add_argument(
+        "--alone", action="store_true", help="one process at a time, which is all that a TPU takes"
+    )
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, on the CPU")
     parser.add_argument("--list", action="store_true", help="print the parts and end")
     parser.add_argument("--part", help=argparse.SUPPRESS)
@@ -66,7 +69,9 @@ def main() -> int:
         return 0
     if options.originals and not options.originals.is_dir():
         parser.error(f"--originals={options.originals} is no directory")
-    options.jobs = options.jobs or max(1, (os.cpu_count() or 1) // 2)
+    options.jobs = 1 if options.alone else options.jobs or max(1, (os.cpu_count() or 1) // 2)
+    if options.alone:
+        chosen = [[part] for parts in chosen for part in parts]
     options.out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of what ends the parts
     with tempfile.TemporaryDirectory(prefix="bitgen-accelerator-") as scratch:
@@ -88,7 +93,7 @@ def work(options: argparse.Namespace) -> int:
     part = next(
         part for parts in rounds(options.rehearse) for part in parts if part.name == options.part
     )
-    context = Context(options.rehearse, options.scratch, options.originals)
+    context = Context(options.rehearse, options.scratch, options.originals, options.jobs)
     for said in part.run(context):
         print(">", json.dumps(said, default=float), flush=True)
         if said == READY and not sys.stdin.readline():
@@ -173,7 +178,7 @@ class Process:
 
 def command(part: Part, options: argparse.Namespace) -> list[str]:
     """Returns the command of a part's process."""
-    arguments = [f"--part={part.name}", f"--scratch={options.scratch}"]
+    arguments = [f"--part={part.name}", f"--scratch={options.scratch}", f"--jobs={options.jobs}"]
     arguments += [f"--originals={options.originals.resolve()}"] if options.originals else []
     arguments += ["--rehearse"] if options.rehearse else []
     return [sys.executable, "-m", "tests.accelerator", *arguments]

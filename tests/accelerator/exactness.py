@@ -38,7 +38,7 @@ def goldens(context: Context) -> Iterator[dict[str, Any]]:
     # What draws samples takes longest, and begins first.
     tasks = [(name, "bfloat16") for name in drawn] + [(name, "float32") for name in drawn]
     tasks += [(name, "float32") for name in names if name not in drawn]
-    with ThreadPoolExecutor(max(1, min(6, (os.cpu_count() or 1) // 2))) as pool:
+    with ThreadPoolExecutor(min(6, context.jobs)) as pool:
         for done in as_completed([pool.submit(_golden, *task) for task in tasks]):
             yield done.result()
 
@@ -76,7 +76,7 @@ def attention(context: Context) -> Iterator[dict[str, Any]]:
             with jax.default_matmul_precision("highest"):
                 exact = _with_gradients("xla", mask, *(x.astype(jnp.float32) for x in (q, k, v, g)))
             row: dict[str, Any] = {"what": f"length {n}, mask {name}"}
-            for kernel in ("xla",) if jax.default_backend() == "cpu" else ("xla", "cudnn"):
+            for kernel in ("xla", "cudnn") if jax.default_backend() == "gpu" else ("xla",):
                 try:
                     ours = _with_gradients(kernel, mask, q, k, v, g)
                 except UserError as e:

@@ -15,6 +15,7 @@ class Context:
     rehearse: bool  # tiny sizes, on the CPU
     scratch: Path  # for files that no one keeps; the same for all parts of a run
     originals: Path | None  # folder of the originals' checkouts
+    jobs: int = 1  # processes that may run beside each other
 
 
 @dataclasses.dataclass(frozen=True)

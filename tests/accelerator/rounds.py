@@ -24,10 +24,10 @@ BATCHES = {
 STEPS = {
     "bigr:XL": (64, True),
     "bitdance:L_1x": (64, True),
-    "binary_ae:d24": (8, False),
+    "binary_ae:d24": (16, False),
     "bitvae:d16_stage2": (16, False),
     "dcae:f32c32": (16, False),
-    "gfq_ae": (4, False),
+    "gfq_ae": (16, False),
 }
 
 

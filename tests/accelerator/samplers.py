@@ -12,7 +12,7 @@ import numpy as np
 
 from bitgen import benchmark, devices
 from bitgen.measure import Peaks, compile_program, measure_peaks, random_values, row, time_calls
-from bitgen.mesh import make_mesh
+from bitgen.mesh import batch_sharding, make_mesh
 from bitgen.samplers.images import image_keys
 from bitgen.traffic import traffic_of
 
@@ -98,5 +98,5 @@ def calls(generator: Any, program: Any, params: Any, size: int) -> Any:
     """Returns f() that draws a batch."""
     labels = jnp.arange(size) % generator.num_classes
     keys = image_keys(0, np.arange(size))
-    sharding = benchmark.batch_sharding(make_mesh(devices=jax.devices()[:1]))
+    sharding = batch_sharding(make_mesh(devices=jax.devices()[:1]))
     return functools.partial(program.run, *params, *jax.device_put((labels, keys), sharding))
