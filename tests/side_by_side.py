@@ -74,7 +74,8 @@ def ready_workers(
 ) -> Iterator[dict[str, "Worker"]]:
     """Starts a process for each kind, and ends them; entered, all are warm.
 
-    `original` is eager or compiled as `arguments` say, `compiled` always compiled.
+    `original` is eager or compiled as `arguments` say, `compiled` always compiled, and left out
+    where that fails.
     """
     workers: dict[str, Worker] = {}
     try:
@@ -82,9 +83,16 @@ def ready_workers(
             extra = ["--worker=bitgen"] if kind == "bitgen" else ["--worker=original"]
             extra += ["--compiled"] if kind == "compiled" else []
             workers[kind] = Worker([*arguments, *extra])
-        for worker in workers.values():
-            worker.calls = json.loads(worker.answer())
-        yield workers
+        ready = {}
+        for kind, worker in workers.items():
+            try:
+                worker.calls = json.loads(worker.answer())
+            except SystemExit:
+                if kind != "compiled":
+                    raise
+                continue
+            ready[kind] = worker
+        yield ready
     finally:
         for worker in workers.values():
             worker.process.terminate()

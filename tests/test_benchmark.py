@@ -149,8 +149,8 @@ def test_a_released_model_is_not_fetched_to_be_measured(tmp_path, monkeypatch):
     monkeypatch.setenv("BITGEN_CACHE", str(tmp_path / "cache"))
     c = small.generator("zoo:bigr_bae_d24")
     c.generator = "zoo:bigr_L_d24"
-    assert benchmark._model(c, "generator").width == 1024
-    assert benchmark._model(c, "tokenizer").bits == 24
+    assert benchmark.module_of(c, "generator").width == 1024
+    assert benchmark.module_of(c, "tokenizer").bits == 24
     assert not (tmp_path / "cache").exists()
 
 

@@ -31,5 +31,7 @@ def beside(name: str, context: Context) -> Iterator[Any]:
     arguments.append(f"--dtype={dtype}")
     with side_by_side.ready_workers(arguments, kinds) as workers:
         yield READY
+        if set(workers) != set(kinds):
+            yield {"what": "the compiled original", "holds": False, "ended": "log.txt says why"}
         for row in side_by_side.take_turns(workers, side_by_side.parse(arguments)):
             yield {**row, "steps": steps}

@@ -47,7 +47,7 @@ def rounds(rehearse: bool) -> list[list[Part]]:
 
     def beside(name: str) -> Part:
         run = partial(originals.beside, name)
-        return Part(f"original-{name}", "the original beside bitgen", run, 150, 60)
+        return Part(f"original-{name}", "the original beside bitgen", run, 200, 60)
 
     def sample(name: str) -> Part:
         run = partial(samplers.sampler, name, BATCHES[name])
