@@ -134,7 +134,7 @@ def report(tmp_path, monkeypatch):
 
         monkeypatch.setattr(accelerator, "command", command)
         options = SimpleNamespace(
-            out=tmp_path, minutes=seconds / 60, jobs=2, rehearse=True, originals=None
+            out=tmp_path, minutes=seconds / 60, jobs=2, rehearse=False, originals=None
         )
         parts = [Part(name, "", lambda context: iter(()), **limits) for name in programs]
         status = accelerator.Report(options).run([parts])
@@ -186,7 +186,7 @@ def test_a_part_that_takes_too_long_is_ended_with_what_it_started(report, tmp_pa
 
 def test_what_the_time_cuts_off_is_left_out_not_failed(report):
     ready = f"say('{READY}'); sys.stdin.readline(); time.sleep(60)"
-    status, rows = report({"a": ready, "b": f"say('{READY}')"}, seconds=2.0)
+    status, rows = report({"a": ready, "b": f"say('{READY}')"}, seconds=6.0)
     assert status == 0
     assert rows["a"] == [{"left_out": "the time of all was over before it was done"}]
     assert rows["b"] == [{"left_out": "no time was left"}]
