@@ -127,9 +127,8 @@ def shrunk(kind, family, fields):
 def shrink_model(c: Any) -> None:
     """Makes the model of a training config small, and its batches and images with it."""
     family, kind = c.model.family, c.train.task
-    run_fields = {"dtype": c.model.dtype}
     fields = {name: value for name, value in c.model.to_dict().items() if name != "family"}
-    c.model = build.model_config(kind, family, **{**shrunk(kind, family, fields), **run_fields})
+    c.model = build.model_config(kind, family, **shrunk(kind, family, fields))
     c.train.batch_size = 2 * c.train.accumulate
     if kind == "tokenizer":
         c.data.image_size = c.model.image_size

@@ -94,6 +94,9 @@ def test_what_is_asked_for_wrongly_is_one_line(tmp_path):
     done = run("--only=nothing", f"--out={tmp_path}")
     assert done.returncode == 2
     assert "--only=nothing is none of exact-goldens, exact-attention" in done.stderr
+    done = run("--only=exact,trian", f"--out={tmp_path}")
+    assert done.returncode == 2
+    assert "--only=trian is none of" in done.stderr
     done = run(f"--originals={tmp_path / 'no'}")
     assert done.returncode == 2
     assert "no is no directory" in done.stderr

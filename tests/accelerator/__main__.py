@@ -60,10 +60,12 @@ def main() -> int:
     options = parser.parse_args()
     if options.part:
         return work(options)
-    chosen = choose(rounds(options.rehearse), options.only)
-    if not any(chosen):
-        names = [part.name for parts in rounds(options.rehearse) for part in parts]
-        parser.error(f"--only={options.only} is none of {', '.join(names)}")
+    words = tuple(filter(None, options.only.replace(" ", "").split(",")))
+    names = [part.name for parts in rounds(options.rehearse) for part in parts]
+    for word in words:
+        if not any(name.startswith(word) for name in names):
+            parser.error(f"--only={word} is none of {', '.join(names)}")
+    chosen = choose(rounds(options.rehearse), words)
     if options.list:
         print("\n".join(f"{part.name}: {part.what}" for parts in chosen for part in parts))
         return 0
@@ -79,9 +81,8 @@ def main() -> int:
         return Report(options).run(chosen)
 
 
-def choose(all_rounds: list[list[Part]], only: str) -> list[list[Part]]:
-    """Returns the parts whose names begin with one of the words; '' stands for all."""
-    words = tuple(word for word in only.replace(" ", "").split(",") if word)
+def choose(all_rounds: list[list[Part]], words: tuple[str, ...]) -> list[list[Part]]:
+    """Returns the parts whose names begin with one of the words; no words stand for all."""
     if not words:
         return all_rounds
     return [[part for part in parts if part.name.startswith(words)] for parts in all_rounds]
@@ -272,7 +273,7 @@ class Report:
             return None
         process = Process(part, self.options, self.log)
         self.processes.append(process)
-        if not self._listen(process, min(part.prepare * self.patience, self._left())):
+        if not self._written(process, min(part.prepare * self.patience, self._left())):
             return None
         self.log.write(f"[{part.name}] ready after {time.monotonic() - process.started:.1f} s\n")
         return process
@@ -283,9 +284,9 @@ class Report:
             process.end()
             return
         process.go()
-        self._listen(process, min(process.part.measure * self.patience, self._left()))
+        self._written(process, min(process.part.measure * self.patience, self._left()))
 
-    def _listen(self, process: Process, seconds: float) -> bool:
+    def _written(self, process: Process, seconds: float) -> bool:
         """Writes what a part says; returns whether it is ready to measure, ends it otherwise."""
         name = process.part.name
         try:

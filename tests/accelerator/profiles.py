@@ -20,6 +20,8 @@ from .samplers import calls, compiled
 LONGEST = 20
 # Lines of a GPU that the profiler derives from those of its streams.
 DERIVED = ("XLA ", "Framework ", "Steps", "Source", "Launch Stats", "TensorFlow ")
+# A CPU's threads also say when they begin, wait and run a whole loop.
+NO_KERNEL = re.compile(r"::|^end: |^while|^call")
 
 
 class Event(NamedTuple):
@@ -123,8 +125,6 @@ def _kernels(plane: str, line: Any) -> Iterator[Event]:
         ours &= line.name == "XLA Ops"
     else:
         ours &= not line.name.startswith(DERIVED)
-    # On a CPU the threads also say when they begin, wait and run a whole loop.
-    other = re.compile(r"::|^end: |^while|^call" if platform == "cpu" else r"^$")
     for event in line.events if ours else ():
-        if not other.search(event.name):
+        if platform != "cpu" or not NO_KERNEL.search(event.name):
             yield Event(event.start_ns, event.start_ns + event.duration_ns, event.name)
