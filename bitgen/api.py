@@ -18,17 +18,24 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, UInt8
 
-from bitgen import config, model_directory
-from bitgen import edit as edit_mode
-from bitgen.data import pictures
-from bitgen.data.given import as_picture, check_codes, give, read_image, read_mask, several
+from bitgen import config
 from bitgen.errors import UserError, choose
+from bitgen.hub import model_directory
+from bitgen.hub.model_directory import Model
+from bitgen.images import inputs
+from bitgen.images.inputs import (
+    as_picture,
+    give,
+    read_image,
+    read_mask,
+    several,
+)
+from bitgen.images.pixels import from_uint8
 from bitgen.labels import class_names_of, parse_labels
-from bitgen.mesh import batch_sharding, even_batch, make_mesh, replicated
-from bitgen.model_directory import Model
-from bitgen.pixels import from_uint8
+from bitgen.runtime.mesh import batch_sharding, even_batch, make_mesh, replicated
+from bitgen.samplers import edits
 from bitgen.samplers import images as samplers
-from bitgen.samplers.steps import image_steps
+from bitgen.samplers.progressive import image_steps
 
 # One picture, or several: PIL, a file, uint8 of any size [H, W, 3], float in [-1, 1] of the model's
 # size [S, S, 3], and lists or a leading axis of those.
@@ -52,7 +59,7 @@ def load(
       path: model directory, or name of a released model with or without zoo: before it.
       tokenizer: of a generator, in the same ways. By default the one that a released model names,
         or that the generator was trained with, if it lies near it (as a run's workdirs do).
-      mesh: devices to share the work, `bitgen.mesh.make_mesh()` for all; by default the first.
+      mesh: devices to share the work, `bitgen.runtime.mesh.make_mesh()` for all; by default the first.
       dtype: of the computation, float32 or bfloat16.
 
     Raises UserError if a model cannot be read, or the two do not fit.
@@ -81,7 +88,7 @@ def find_tokenizer(path: str) -> str:
 
     Raises UserError if it is not found.
     """
-    from bitgen.zoo import get
+    from bitgen.hub.zoo import get
 
     if path.startswith("zoo:"):
         return f"zoo:{get(path).tokenizer}"
@@ -270,11 +277,11 @@ class Pipeline:
         )
         return give(drawn.images, to)
 
-    def drawn(self, image: Pictures, kind: str, **settings: Any) -> edit_mode.Drawn:
-        """Returns what `edit` does with all that is known of it: see `bitgen.edit.Drawn`."""
+    def drawn(self, image: Pictures, kind: str, **settings: Any) -> edits.Drawn:
+        """Returns what `edit` does with all that is known of it: see `samplers.edits.Drawn`."""
         generator, settings = self._generator(), dict(settings)
         mask, box, sampler = (settings.pop(name, None) for name in ("mask", "box", "sampler"))
-        choose("kind of edit", kind, edit_mode.KINDS)
+        choose("kind of edit", kind, edits.KINDS)
         c = config.base()
         c.seed = settings.pop("seed", 0)
         c.sampler.update(dataclasses.asdict(self.plan(**(sampler or {}))))
@@ -292,9 +299,9 @@ class Pipeline:
                 kind = type(c.edit[name]).__name__
                 raise UserError(f"{name} takes a value of type {kind}, got {value!r}") from None
         try:
-            edit_mode.check_settings(c.edit, edit_mode.KINDS[kind])
+            edits.check_settings(c.edit, edits.KINDS[kind])
             source, tokens = _source(c.edit, image, mask, self.grid)
-            return edit_mode.perform(c, source, generator, self.tokenizer, self.mesh, tokens)
+            return edits.perform(c, source, generator, self.tokenizer, self.mesh, tokens)
         except UserError as e:
             raise UserError(str(e).replace("config.edit.", "")) from None
 
@@ -341,17 +348,17 @@ class Pipeline:
 
 def _source(
     settings: Any, image: Pictures, mask: Any, grid: tuple[int, int]
-) -> tuple[edit_mode.Source, Any]:
+) -> tuple[edits.Source, Any]:
     """-> the picture and the area on it, and the tokens to draw if the mask is of the grid."""
     picture = None if image is None else as_picture(image)
     if picture is None or not (settings.mask or settings.box):
-        return edit_mode.Source(picture), None
+        return edits.Source(picture), None
     if settings.box:
-        return edit_mode.Source(picture, pictures.box_area(settings.box, picture)), None
+        return edits.Source(picture, inputs.box_area(settings.box, picture)), None
     area = read_mask(mask, picture, grid)
     if area.shape == (picture.height, picture.width):
-        return edit_mode.Source(picture, area), None
-    return edit_mode.Source(picture), ~area if settings.kind == "outpaint" else area
+        return edits.Source(picture, area), None
+    return edits.Source(picture), ~area if settings.kind == "outpaint" else area
 
 
 def _text(labels: Labels) -> str:
@@ -360,6 +367,25 @@ def _text(labels: Labels) -> str:
 
 def _name(path: str | Path) -> str:
     """-> zoo:NAME for the name of a released model, unless there is a directory of that name."""
-    from bitgen.zoo_entries import ZOO
+    from bitgen.hub.zoo_entries import ZOO
 
     return f"zoo:{path}" if str(path) in ZOO and not Path(path).exists() else str(path)
+
+
+def check_codes(module: Any, codes: Any) -> Any:
+    """Returns what a tokenizer decodes as NumPy; raises UserError unless it has its shapes."""
+    grids = getattr(module, "scales", None)
+    found = codes if isinstance(codes, tuple | list) else (codes,)
+    found = tuple(np.asarray(part) for part in found)
+    if len(found) != len(grids or (1,)):
+        raise UserError(f"this tokenizer has {len(grids or (1,))} scales, got {len(found)}")
+    for part, grid in zip(found, grids or [module.grid], strict=True):
+        shape = (*grid, module.bits) if module.bits else tuple(grid)
+        right = part.ndim == 4 and part.shape[1 : 1 + len(shape)] == shape
+        if not right or (module.bits and part.dtype != bool):
+            kind, last = ("bool", module.bits) if module.bits else ("float", "c")
+            wanted = ", ".join(map(str, (*grid, last)))
+            raise UserError(
+                f"this tokenizer decodes {kind} [b, {wanted}], got {part.dtype} {list(part.shape)}"
+            )
+    return found if grids else found[0]

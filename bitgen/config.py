@@ -76,7 +76,7 @@ def base(generator: str = "bigr") -> Any:
     config.sample.captions = False  # the class above each image of a grid
     config.sample.animation = ""  # also NAME.gif or NAME.webp: how the first 16 images are drawn
 
-    # 0 and '' leave it to the kind: `bitgen.edit.KINDS`. What is not here is config.sampler's.
+    # 0 and '' leave it to the kind: `samplers.edits.KINDS`. What is not here is config.sampler's.
     config.edit = ConfigDict()
     config.edit.kind = "inpaint"  # or outpaint, edit, interpolate, enrich
     config.edit.image = ""  # picture file of any size

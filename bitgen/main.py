@@ -18,11 +18,11 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from bitgen import distributed
 from bitgen.errors import UserError, choose
-from bitgen.logging import quiet
+from bitgen.runtime import distributed
+from bitgen.runtime.logging import quiet
 
-# Each is bitgen.<module>.run(config, workdir).
+# Each is bitgen.modes.<name>.run(config, workdir).
 MODES = ("train", "tokenize", "sample", "edit", "reconstruct", "evaluate", "benchmark")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File of configs/, or your own.")
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] = tuple(sys.argv)) -> int:
             raise UserError(f"cannot make --workdir={workdir}: {e.strerror}") from None
         distributed.check_shared(workdir)
         _keep_compiled(config.compile_cache, workdir)
-        importlib.import_module(f"bitgen.{mode}").run(config, workdir)
+        importlib.import_module(f"bitgen.modes.{mode}").run(config, workdir)
     except UserError as e:
         return _end(f"error: {e}", e.status)
     except Exception as e:

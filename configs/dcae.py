@@ -13,8 +13,9 @@ LPIPS and a PatchGAN from step 100,001, AdamW. Published for f64c128 at 512 px: 
 26.15, SSIM 0.71, LPIPS 0.080. Not run here at these sizes: no time or quality was measured.
 """
 
-from bitgen import config, zoo
+from bitgen import config
 from bitgen.errors import choose
+from bitgen.hub import zoo
 
 SIZES = {
     "f32c32": {},

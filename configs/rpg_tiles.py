@@ -25,8 +25,9 @@ for bits-sign, 0.117 for binary-ae (no bit of either dead): they have learned co
 else yet.
 """
 
-from bitgen import config, zoo
+from bitgen import config
 from bitgen.errors import choose
+from bitgen.hub import zoo
 
 _CELLS = {
     "image_size": 32,

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from synthetic import synthetic_state_dict
+from helpers.synthetic import synthetic_state_dict
 
 from bitgen import build
 from bitgen.convert import bigr, binary_ae, bitdance, bitvae, dcae, gfq_ae, patchgan

@@ -28,7 +28,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-from synthetic import synthetic_state_dict
+from helpers.synthetic import synthetic_state_dict
 
 MANIFESTS = Path(__file__).parent / "manifests"
 GUIDANCE = {"bitdance": 3.2, "bigr": 2.5}

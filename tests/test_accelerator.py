@@ -12,17 +12,18 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-import small
 from accelerator import __main__ as accelerator
 from accelerator import profiles, training
 from accelerator.part import READY, Context, Part
 from accelerator.rounds import BATCHES, STEPS, rounds
+from helpers import small
 from PIL import Image
 
-from bitgen import devices, memory
-from bitgen.benchmark import traced_step
-from bitgen.flops import count_flops
-from bitgen.mesh import make_mesh
+from bitgen.modes.benchmark import traced_step
+from bitgen.profiling import memory_estimate
+from bitgen.profiling.flops import count_flops
+from bitgen.runtime import devices
+from bitgen.runtime.mesh import make_mesh
 
 ROOT = Path(__file__).resolve().parents[1]
 HIDE = """
@@ -119,7 +120,7 @@ def test_steps_of_real_size_fit_an_h100_by_shapes(name, tmp_path):
     traced, (_, _, shapes) = traced_step(c, mesh)
     assert all(shape.shape[0] == batch for shape in shapes.values())
     assert count_flops(traced.jaxpr) > 1e12
-    assert memory.fits(memory.estimate(c, 1), devices.named("H100").memory)
+    assert memory_estimate.fits(memory_estimate.estimate(c, 1), devices.named("H100").memory)
 
 
 # ------------------------------------------------------------------------ parts that fail
@@ -217,7 +218,7 @@ def test_training_reads_what_it_wrote(tmp_path):
         )
         batch = next(batches)
         batches.close()
-        for key, shape in memory.shapes_task(c).batch_shapes().items():
+        for key, shape in memory_estimate.shapes_task(c).batch_shapes().items():
             assert batch[key].shape == shape.shape
             assert batch[key].dtype == shape.dtype
             assert key == "label" or len(np.unique(batch[key])) > 8

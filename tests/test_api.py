@@ -6,13 +6,14 @@ import sys
 import jax
 import numpy as np
 import pytest
-import small
+from helpers import small
 from PIL import Image
 
 import bitgen
-from bitgen import UserError, model_directory
-from bitgen.mesh import make_mesh
-from bitgen.pixels import from_uint8
+from bitgen import UserError
+from bitgen.hub import model_directory
+from bitgen.images.pixels import from_uint8
+from bitgen.runtime.mesh import make_mesh
 from bitgen.samplers.images import image_keys, image_sampler
 
 SETTINGS = {"iterations": 3, "denoiser_steps": 2, "segments": 2}

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import nbformat
 import numpy as np
 import pytest
-import small
+from helpers import small
 from nbclient import NotebookClient
 from PIL import Image
 
-from bitgen import build, model_directory, zoo
+from bitgen import build
+from bitgen.hub import model_directory, zoo
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("sample_tpu", "edit", "train")

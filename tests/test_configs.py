@@ -7,13 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.small import shrink_model, shrunk
 from ml_collections import ConfigDict
-from small import shrink_model, shrunk
 
-from bitgen import build, memory, model_directory, zoo
-from bitgen.benchmark import traced_sampler, traced_step
-from bitgen.measure import random_values
-from bitgen.mesh import make_mesh
+from bitgen import build
+from bitgen.hub import model_directory, zoo
+from bitgen.modes.benchmark import traced_sampler, traced_step
+from bitgen.profiling import memory_estimate
+from bitgen.profiling.roofline import random_values
+from bitgen.runtime.mesh import make_mesh
 from bitgen.samplers.images import image_keys, image_sampler, make_plan
 
 FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
@@ -66,7 +68,7 @@ def test_full_size_by_shape(get_config, size):
         assert images.shape[0] == 1
         assert images.shape[1] == images.shape[2] == 16 * generator.grid[0]
         return
-    task = memory.shapes_task(c)
+    task = memory_estimate.shapes_task(c)
     before = jax.eval_shape(task.init, jax.random.key(0))
     after, metrics = jax.eval_shape(
         lambda *args: task.step(*args, task.stage(c.train.steps)),

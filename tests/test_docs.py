@@ -11,9 +11,11 @@ import pytest
 from PIL import Image
 
 import bitgen
-from bitgen import build, config, main, reconstruct, sample, sharding, tokenize, train
+from bitgen import build, config, main
 from bitgen.convert import __main__ as convert
 from bitgen.demo import settings as demo
+from bitgen.modes import reconstruct, sample, tokenize, train
+from bitgen.runtime import sharding
 from bitgen.samplers import images
 
 ROOT = Path(__file__).parent.parent

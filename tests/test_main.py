@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-import small
+from helpers import small
 
 ROOT = Path(__file__).parent.parent
 TINY = [

@@ -61,9 +61,9 @@ def _run(args: argparse.Namespace) -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from absl import logging as absl_logging
 
-    from bitgen import zoo
     from bitgen.convert.directory import export_file, import_file
-    from bitgen.logging import quiet, say
+    from bitgen.hub import zoo
+    from bitgen.runtime.logging import quiet, say
 
     quiet()
     absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs what we report

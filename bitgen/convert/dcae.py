@@ -11,16 +11,7 @@ from typing import Any
 import numpy as np
 
 from bitgen.convert.dcae_names import LAYOUTS, PARTS, recognise, wrapping
-from bitgen.convert.entries import (
-    CONV,
-    LINEAR,
-    POINTWISE,
-    SAME,
-    Carry,
-    Entry,
-    Rule,
-    Transform,
-)
+from bitgen.convert.entries import CONV, LINEAR, POINTWISE, SAME, Carry, Entry, Rule, Transform
 from bitgen.errors import UserError, choose
 from bitgen.tokenizers.dcae import DCAE
 from bitgen.tokenizers.dcae_blocks import BLOCKS

@@ -14,20 +14,15 @@ import numpy as np
 from flax.errors import FlaxError
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bitgen import build, model_directory, zoo
+from bitgen import build
 from bitgen.convert import bigr, binary_ae, bitdance, bitvae, dcae, gfq_ae
 from bitgen.convert.entries import Shape
-from bitgen.convert.files import (
-    TORCH_SUFFIXES,
-    Tensors,
-    check_space,
-    open_tensors,
-    write_torch,
-)
+from bitgen.convert.files import TORCH_SUFFIXES, Tensors, check_space, open_tensors, write_torch
 from bitgen.convert.rules import Plan, check_aliases, export_tensors, plan_import, read_slices
 from bitgen.errors import UserError, choose
-from bitgen.progress import Bar
-from bitgen.streaming import LazyArray
+from bitgen.hub import model_directory, zoo
+from bitgen.hub.streaming import LazyArray
+from bitgen.runtime.progress import Bar
 
 
 class Family(NamedTuple):

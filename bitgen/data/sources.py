@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from bitgen.data.listed import ListSource
+from bitgen.data.image_list import ListSource
 from bitgen.data.packed import PackedSource
 from bitgen.data.tar import TarSource
 from bitgen.errors import UserError, choose

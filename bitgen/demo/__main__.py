@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bitgen.errors import UserError
-from bitgen.logging import quiet, say
+from bitgen.runtime.logging import quiet, say
 
 
 def main(argv: Sequence[str] = tuple(sys.argv)) -> int:
@@ -17,12 +17,12 @@ def main(argv: Sequence[str] = tuple(sys.argv)) -> int:
     if {"--help", "-h"} & set(argv):
         print(__doc__)
         return 0
-    from bitgen.demo import page, parts, settings
+    from bitgen.demo import components, page, settings
 
     try:
         config = settings.parse(argv)
         quiet()
-        parts.gradio()
+        components.gradio()
         serve(page.build(load(config)), config)
     except UserError as e:
         say(f"error: {e}")
@@ -35,7 +35,7 @@ def load(config: Any) -> Any:
     from bitgen import api
     from bitgen.demo.actions import Tools
     from bitgen.demo.uploads import Limits
-    from bitgen.mesh import make_mesh
+    from bitgen.runtime.mesh import make_mesh
 
     mesh = make_mesh(**config.mesh)
     if config.generator:
@@ -63,7 +63,7 @@ def load(config: Any) -> Any:
 
 def serve(page: Any, config: Any) -> None:
     """Serves the page until it is interrupted; raises UserError if its port is taken."""
-    from bitgen.demo.parts import CSS, gradio
+    from bitgen.demo.components import CSS, gradio
 
     gr = gradio()
     page.queue(max_size=config.queue, default_concurrency_limit=1, api_open=False)

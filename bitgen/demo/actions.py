@@ -12,19 +12,12 @@ from jaxtyping import Bool
 from PIL import Image
 
 from bitgen.api import Pipeline
-from bitgen.data import pictures
-from bitgen.demo.uploads import (
-    Limits,
-    Pixels,
-    area_painted,
-    as_shown,
-    chosen,
-    tokens_painted,
-)
+from bitgen.demo.uploads import Limits, Pixels, area_painted, as_shown, chosen, tokens_painted
 from bitgen.errors import UserError
-from bitgen.figures import captioned_grid
 from bitgen.generators.bigr import BiGR
-from bitgen.samplers.edits import mixing_ratios
+from bitgen.images import editing
+from bitgen.images.grids import captioned_grid
+from bitgen.samplers.redraw import mixing_ratios
 
 Cell = tuple[Pixels, str]
 
@@ -111,11 +104,11 @@ def redraw(
 
 def lay_in(kind: str, picture: Image.Image, area: Bool[np.ndarray, "H W"], view: Pixels) -> Pixels:
     """Returns the user's picture with the drawn view where the area says, pixel for pixel."""
-    left, top, side = square = pictures.crop_square(picture, len(view))
+    left, top, side = square = editing.crop_square(picture, len(view))
     seen = np.zeros_like(area)
     seen[top : top + side, left : left + side] = True
     changed = seen & (~area if kind == "outpaint" else area)
-    drawn = pictures.paste_crop(picture, square, view)
+    drawn = editing.paste_crop(picture, square, view)
     return np.where(changed[..., None], drawn, np.asarray(picture))
 
 

@@ -4,10 +4,10 @@ from typing import Any
 
 import numpy as np
 
-from bitgen.demo import actions, looks, parts, uploads
+from bitgen.demo import actions, components, inspection, uploads
 from bitgen.demo.actions import Tools
-from bitgen.edit import KINDS
-from bitgen.zoo import describe
+from bitgen.hub.zoo import describe
+from bitgen.samplers.edits import KINDS
 
 _KINDS = [
     ("Inpaint: draw the painted area anew", "inpaint"),
@@ -18,7 +18,7 @@ _KINDS = [
 
 def build(tools: Tools) -> Any:
     """Returns the page as gradio Blocks, queued and ready to launch."""
-    gr = parts.gradio()
+    gr = components.gradio()
     with gr.Blocks(title="bitgen", analytics_enabled=False) as page:
         gr.Markdown(f"# bitgen\n{_about(tools)}")
         with gr.Tab("Generate"):
@@ -51,17 +51,17 @@ def _generate(gr: Any, tools: Tools) -> None:
     if reason := actions.why_not(tools.pipeline, "draw"):
         gr.Markdown(reason)
         return
-    plan, names = tools.pipeline.plan(**tools.sampler), parts.classes(tools)
+    plan, names = tools.pipeline.plan(**tools.sampler), components.classes(tools)
     with gr.Row():
         with gr.Column(scale=1):
             labels = gr.Dropdown(names, value=[0], multiselect=True, label="Classes")
             count = gr.Slider(1, tools.limits.images, 4, step=1, label="Images of each class")
-            seed = parts.seed_of(gr)
+            seed = components.seed_of(gr)
             guidance = gr.Slider(1, 12, plan.guidance, step=0.1, label="Guidance")
-            steps = parts.steps_of(gr, plan)
+            steps = components.steps_of(gr, plan)
             button = gr.Button("Draw", variant="primary", elem_id="generate")
         with gr.Column(scale=2):
-            picture = parts.image_of(gr, "Images", "images", titled=False)
+            picture = components.image_of(gr, "Images", "images", titled=False)
             status = gr.Markdown(elem_id="status")
 
     def run(labels, count, seed, guidance, steps=None):
@@ -72,28 +72,28 @@ def _generate(gr: Any, tools: Tools) -> None:
         )
 
     inputs = [labels, count, seed, guidance] + ([steps] if steps else [])
-    parts.on(gr, button.click, run, inputs, [picture, status])
+    components.on(gr, button.click, run, inputs, [picture, status])
 
 
 def _interpolate(gr: Any, tools: Tools) -> None:
     if reason := actions.why_not(tools.pipeline, "edit"):
         gr.Markdown(reason)
         return
-    names, most = parts.classes(tools), tools.limits.images
+    names, most = components.classes(tools), tools.limits.images
     with gr.Row():
         with gr.Column(scale=1):
             first = gr.Dropdown(names, value=0, label="From")
             second = gr.Dropdown(names, value=min(1, len(names) - 1), label="To")
             steps = gr.Slider(2, max(most, 2), min(9, most), step=1, label="Images on the way")
-            seed = parts.seed_of(gr)
-            guidance = parts.guidance_of(gr, "interpolate")
+            seed = components.seed_of(gr)
+            guidance = components.guidance_of(gr, "interpolate")
             button = gr.Button("Draw the way", variant="primary", elem_id="interpolate")
         with gr.Column(scale=2):
             share = gr.Slider(
                 0, 100, 0, step=1, label="Share of the second class, %", elem_id="share"
             )
-            image = parts.image_of(gr, "Image", "between")
-            gallery = parts.gallery_of(gr, "All", columns=6)
+            image = components.image_of(gr, "Image", "between")
+            gallery = components.gallery_of(gr, "All", columns=6)
     way = gr.State([])
 
     def run(first, second, steps, seed, guidance):
@@ -108,8 +108,8 @@ def _interpolate(gr: Any, tools: Tools) -> None:
         return cells[round(share / 100 * (len(cells) - 1))][0]
 
     inputs = [first, second, steps, seed, guidance]
-    parts.on(gr, button.click, run, inputs, [way, gallery, image, share])
-    parts.on(gr, share.change, at, [way, share], [image], quick=True)
+    components.on(gr, button.click, run, inputs, [way, gallery, image, share])
+    components.on(gr, share.change, at, [way, share], [image], quick=True)
 
 
 def _upload(gr: Any, tools: Tools) -> tuple[Any, Any]:
@@ -120,9 +120,9 @@ def _upload(gr: Any, tools: Tools) -> tuple[Any, Any]:
         button = gr.UploadButton("Choose a picture", elem_id="upload", variant="primary")
         draws = not actions.why_not(tools.pipeline, "draw")
         if draws:
-            names = parts.classes(tools)
+            names = components.classes(tools)
             label = gr.Dropdown(names, value=0, label="or let the model draw one of")
-            seed = parts.seed_of(gr)
+            seed = components.seed_of(gr)
             drawn = gr.Button("Draw one", elem_id="example")
     gr.Markdown(
         f"A picture of any shape, up to {limits.megabytes:g} MB and {limits.megapixels:g} "
@@ -150,9 +150,9 @@ def _upload(gr: Any, tools: Tools) -> tuple[Any, Any]:
     def example(label, seed):
         return show(actions.example(tools, label, int(seed or 0)))
 
-    parts.on(gr, button.upload, upload, [button], [state, editor])
+    components.on(gr, button.upload, upload, [button], [state, editor])
     if draws:
-        parts.on(gr, drawn.click, example, [label, seed], [state, editor])
+        components.on(gr, drawn.click, example, [label, seed], [state, editor])
     return state, editor
 
 
@@ -163,17 +163,17 @@ def _redraw(gr: Any, tools: Tools, state: Any, editor: Any) -> None:
     with gr.Row():
         with gr.Column(scale=1):
             kind = gr.Radio(_KINDS, value="inpaint", label="What to do")
-            label = parts.class_or_none(gr, tools)
+            label = components.class_or_none(gr, tools)
             count = gr.Slider(1, tools.limits.images, 4, step=1, label="Variants")
             # Closed, so that the button is seen without scrolling.
             with gr.Accordion("More settings", open=False):
-                seed = parts.seed_of(gr)
-                guidance = parts.guidance_of(gr, "inpaint")
+                seed = components.seed_of(gr)
+                guidance = components.guidance_of(gr, "inpaint")
                 steps = gr.Slider(1, 100, KINDS["inpaint"].iterations, step=1, label="Steps")
             button = gr.Button("Redraw", variant="primary", elem_id="redraw")
         with gr.Column(scale=2):
-            laid = parts.gallery_of(gr, "In your picture", "laid")
-            whole = parts.gallery_of(gr, "What the model makes of the whole", "whole")
+            laid = components.gallery_of(gr, "In your picture", "laid")
+            whole = components.gallery_of(gr, "What the model makes of the whole", "whole")
 
     def run(picture, painted, kind, label, count, seed, guidance, steps):
         return actions.redraw(
@@ -181,7 +181,7 @@ def _redraw(gr: Any, tools: Tools, state: Any, editor: Any) -> None:
             kind,
             picture,
             (painted or {}).get("layers"),
-            None if label == parts.NO_CLASS else label,
+            None if label == components.NO_CLASS else label,
             int(count),
             int(seed or 0),
             guidance=float(guidance),
@@ -189,7 +189,7 @@ def _redraw(gr: Any, tools: Tools, state: Any, editor: Any) -> None:
         )
 
     inputs = [state, editor, kind, label, count, seed, guidance, steps]
-    parts.on(gr, button.click, run, inputs, [laid, whole])
+    components.on(gr, button.click, run, inputs, [laid, whole])
 
 
 def _enrich(gr: Any, tools: Tools, state: Any) -> None:
@@ -199,17 +199,17 @@ def _enrich(gr: Any, tools: Tools, state: Any) -> None:
     with gr.Row():
         with gr.Column(scale=1):
             gr.Markdown("Reduces the picture, and draws the detail that was lost.")
-            label = parts.class_or_none(gr, tools)
+            label = components.class_or_none(gr, tools)
             rate = gr.Slider(2, 8, 2, step=1, label="Reduce by")
             rounds = gr.Slider(1, min(8, tools.limits.images), 2, step=1, label="Rounds")
-            seed = parts.seed_of(gr)
-            guidance = parts.guidance_of(gr, "enrich")
+            seed = components.seed_of(gr)
+            guidance = components.guidance_of(gr, "enrich")
             button = gr.Button("Enrich", variant="primary", elem_id="enrich")
         with gr.Column(scale=2):
-            gallery = parts.gallery_of(gr, "Rounds")
+            gallery = components.gallery_of(gr, "Rounds")
 
     def run(picture, label, rate, rounds, seed, guidance):
-        label = None if label == parts.NO_CLASS else label
+        label = None if label == components.NO_CLASS else label
         return actions.enrich(
             tools,
             picture,
@@ -220,7 +220,7 @@ def _enrich(gr: Any, tools: Tools, state: Any) -> None:
             guidance=float(guidance),
         )
 
-    parts.on(gr, button.click, run, [state, label, rate, rounds, seed, guidance], [gallery])
+    components.on(gr, button.click, run, [state, label, rate, rounds, seed, guidance], [gallery])
 
 
 def _compare(gr: Any, tools: Tools, state: Any) -> None:
@@ -228,15 +228,15 @@ def _compare(gr: Any, tools: Tools, state: Any) -> None:
         gr.Markdown("Start the page with `--config.tokenizers=DIR,zoo:NAME` to compare more.")
     button = gr.Button("Compare", variant="primary", elem_id="compare")
     table = gr.Markdown(elem_id="table")
-    gallery = parts.gallery_of(gr, "Picture, reconstruction, difference", columns=3)
+    gallery = components.gallery_of(gr, "Picture, reconstruction, difference", columns=3)
 
     def run(picture):
-        rows, cells = looks.compare(tools, picture)
+        rows, cells = inspection.compare(tools, picture)
         head = ["tokenizer", "pixels", "bits", "bits a pixel", "PSNR, dB"]
         lines = [head, ["---"] * len(head), *rows]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines), cells
 
-    parts.on(gr, button.click, run, [state], [table, gallery])
+    components.on(gr, button.click, run, [state], [table, gallery])
 
 
 def _bits(gr: Any, tools: Tools, state: Any) -> None:
@@ -258,25 +258,25 @@ def _bits(gr: Any, tools: Tools, state: Any) -> None:
             column = gr.Number(0, precision=0, minimum=0, label="Column")
             bit = gr.Slider(0, module.bits - 1, 0, step=1, label="Bit to flip")
             button = gr.Button("Look", variant="primary", elem_id="look")
-            board = parts.image_of(gr, "Token", "board")
+            board = components.image_of(gr, "Token", "board")
         with gr.Column(scale=2):
             words = gr.Markdown(elem_id="words")
-            flipped = parts.gallery_of(gr, "What one bit does", columns=3)
+            flipped = components.gallery_of(gr, "What one bit does", columns=3)
             gr.Markdown("Planes of bits: white tokens have the bit set, and what share of all do.")
-            planes = parts.image_of(gr, "Planes of bits", "planes", titled=False)
+            planes = components.image_of(gr, "Planes of bits", "planes", titled=False)
 
     def look(picture, row, column, bit, scale):
-        token = looks.look_at_token(
+        token = inspection.look_at_token(
             tools, picture, int(row or 0), int(column or 0), int(bit), int(scale)
         )
         return token.board, token.planes, f"`{token.words}`", token.flipped
 
     def click(scale, event: gr.SelectData):
         side = len(uploads.as_shown(np.zeros((module.image_size,) * 2 + (3,), np.uint8)))
-        return looks.token_at(event.index, scales[int(scale)], (side, side))
+        return inspection.token_at(event.index, scales[int(scale)], (side, side))
 
     inputs, outputs = [state, row, column, bit, scale], [board, planes, words, flipped]
-    parts.on(gr, button.click, look, inputs, outputs)
-    chosen = parts.on(gr, board.select, click, [scale], [row, column], quick=True)
-    parts.on(gr, chosen.then, look, inputs, outputs)
-    parts.on(gr, bit.release, look, inputs, outputs)
+    components.on(gr, button.click, look, inputs, outputs)
+    chosen = components.on(gr, board.select, click, [scale], [row, column], quick=True)
+    components.on(gr, chosen.then, look, inputs, outputs)
+    components.on(gr, bit.release, look, inputs, outputs)

@@ -6,8 +6,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from bitgen import model_directory
 from bitgen.errors import UserError, choose
+from bitgen.hub import model_directory
 from bitgen.samplers.images import default_plan
 
 _BOOLS = {"true": True, "1": True, "false": False, "0": False}

@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 from PIL import Image
 
-from bitgen.data import pictures
 from bitgen.errors import UserError
+from bitgen.images import editing, inputs
 
 Pixels = UInt8[np.ndarray, "H W 3"]
 
@@ -45,7 +45,7 @@ def read_upload(path: str | None, limits: Limits) -> Image.Image:
     if pixels > limits.megapixels * 1e6:
         raise UserError(f"{name} has more than {limits.megapixels:g} megapixels: reduce it")
     try:
-        return pictures.read_picture(path)
+        return inputs.read_picture(path)
     except UserError as e:
         raise UserError(str(e).replace(path, name)) from None
 
@@ -101,7 +101,7 @@ def tokens_painted(
     What outpainting keeps are the tokens that are painted by half. Raises UserError if it marks
     none or all.
     """
-    left, top, side = pictures.crop_square(Image.fromarray(area.astype(np.uint8)), size)
+    left, top, side = editing.crop_square(Image.fromarray(area.astype(np.uint8)), size)
     crop = area[top : top + side, left : left + side].astype(np.float32)
     share = np.asarray(Image.fromarray(crop).resize((grid[1], grid[0]), Image.Resampling.BOX))
     marked = share > 0.499 if kind == "outpaint" else share > 0

@@ -13,13 +13,13 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, UInt8
 
-from bitgen import model_directory
-from bitgen.distributed import gather, place
 from bitgen.errors import UserError, choose
 from bitgen.evaluation.inception import POOL, SIZE, Inception
 from bitgen.evaluation.resize import resize_bilinear
 from bitgen.evaluation.weights import find_weights, load_inception
-from bitgen.mesh import BATCH, batch_sharding, even_batch, replicated
+from bitgen.hub import model_directory
+from bitgen.runtime.distributed import gather, own_rows, pad_rows, place
+from bitgen.runtime.mesh import BATCH, batch_sharding, even_batch, replicated
 
 Features = dict[str, np.ndarray]  # pool [n, d], spatial [n, s], logits [n, c], float32
 
@@ -194,18 +194,3 @@ def regroup(batches: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
             waiting, count = [rows[whole:]], count - whole
     if count:
         yield np.concatenate(waiting)
-
-
-def pad_rows(rows: np.ndarray, count: int) -> np.ndarray:
-    """Returns `count` rows, those that are missing zeros: programs have one batch shape."""
-    padded = np.zeros((count, *rows.shape[1:]), rows.dtype)
-    padded[: len(rows)] = rows
-    return padded
-
-
-def own_rows(value: jax.Array) -> np.ndarray:
-    """Returns the rows of a batch that are on this process's devices, in order."""
-    if value.is_fully_addressable:
-        return np.asarray(value)
-    shards = {shard.index[0].start or 0: shard.data for shard in value.addressable_shards}
-    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])

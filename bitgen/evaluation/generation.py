@@ -13,21 +13,21 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from bitgen import model_directory
-from bitgen.distributed import whole
 from bitgen.errors import UserError
+from bitgen.evaluation.feature_store import FeatureStore
 from bitgen.evaluation.features import Extractor
 from bitgen.evaluation.frechet import frechet_distance, kernel_distance
-from bitgen.evaluation.images import holds_images, pixels, read_images, read_share
-from bitgen.evaluation.manifold import precision_recall
+from bitgen.evaluation.image_sets import holds_images, pixels, read_images, read_share
+from bitgen.evaluation.precision_recall import precision_recall
 from bitgen.evaluation.statistics import SPLIT, Summary, read_statistics, summarise
-from bitgen.evaluation.store import FeatureStore
+from bitgen.hub import model_directory
 from bitgen.labels import class_names_of, parse_labels
-from bitgen.logging import say
-from bitgen.mesh import even_batch, make_mesh, replicated
-from bitgen.progress import Bar, counted
+from bitgen.runtime.distributed import whole
+from bitgen.runtime.logging import say
+from bitgen.runtime.mesh import even_batch, make_mesh, replicated
+from bitgen.runtime.progress import Bar, counted
+from bitgen.runtime.watchdog import Watchdog, watched
 from bitgen.samplers.images import image_keys, image_sampler, make_plan, prepare
-from bitgen.watchdog import Watchdog, watched
 
 Row = dict[str, Any]
 

@@ -17,11 +17,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
 from bitgen.data.packed import unpack_bits
-from bitgen.distributed import gather
 from bitgen.errors import UserError
-from bitgen.evaluation.features import own_rows, pad_rows
-from bitgen.mesh import BATCH, to_device
-from bitgen.pixels import from_uint8
+from bitgen.images.pixels import from_uint8
+from bitgen.runtime.distributed import gather, own_rows, pad_rows
+from bitgen.runtime.mesh import BATCH, to_device
 
 
 def layer_features(

@@ -1,100 +1,213 @@
-"""How close two images are, on 8-bit pixels: PSNR, SSIM, MS-SSIM."""
+"""Images through a tokenizer and back: errors of each, rFID, the use of the bits, and pictures."""
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Num
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int, UInt8
 
 from bitgen.errors import UserError
+from bitgen.evaluation.features import Extractor, make_extractor
+from bitgen.evaluation.frechet import frechet_distance
+from bitgen.evaluation.image_metrics import MS_SSIM_SIDE, SSIM_SIDE, ms_ssim, psnr, ssim
+from bitgen.evaluation.image_sets import pixels, read_share
+from bitgen.evaluation.statistics import Moments, merge_over_hosts
+from bitgen.hub.model_directory import Model
+from bitgen.images.pixels import from_uint8, to_uint8
+from bitgen.losses.lpips import load_lpips, lpips_distance
+from bitgen.runtime.distributed import gather, own_rows, pad_rows, place
+from bitgen.runtime.mesh import BATCH, even_batch, replicated, to_device
+from bitgen.runtime.progress import counted_shares
+from bitgen.runtime.watchdog import Watchdog, watched
 
-_TAPS, _SIGMA = 11, 1.5
-_C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-# Of each scale, fine to coarse: Wang, Simoncelli and Bovik (2003).
-_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
-SSIM_SIDE = _TAPS  # the smallest image that the window fits in
-MS_SSIM_SIDE = _TAPS * 2 ** (len(_WEIGHTS) - 1)  # the smallest image that has all scales
+# A bit that is set, or is not, in a smaller share of the tokens than this counts as dead.
+RARE = 1e-6
 
 
-def psnr(a: Num[Array, "b H W c"], b: Num[Array, "b H W c"]) -> Float[Array, " b"]:
-    """Returns 10 log10(255^2 / mean squared error) of each pair, pixels 0 to 255.
+@dataclass
+class Metrics:
+    """What measures a tokenizer beyond the errors of pixels."""
 
-    Equal images get the PSNR of an error of 0.001, 78 dB.
+    lpips: Any  # parameters of `lpips_distance`, or None
+    extractor: Extractor | None  # of rFID
+
+    @property
+    def digest(self) -> str | None:
+        """Names the weights of the features, if there are any."""
+        return self.extractor.digest if self.extractor else None
+
+
+@dataclass
+class RoundTrip:
+    """What a pass of images through a tokenizer gives."""
+
+    values: dict[str, float]  # means over images by name, see `measure_tokenizer`
+    # By name, of the images to be shown: original and reconstruction, uint8 [n, H, W, 3], and of
+    # bits `finest`, bool [n, h, w, k], those of the last scale.
+    shown: dict[str, np.ndarray]
+    ones: Float[np.ndarray, "s k"]  # how often each bit of each scale is set; no scale: latents
+
+
+def open_metrics(settings: Any, mesh: Mesh) -> Metrics:
+    """Returns the metrics of `settings.protocol`, `.weights` and `.lpips`.
+
+    Raises UserError if a file of weights is missing.
     """
-    _check(a, b)
-    difference = a.astype(jnp.float32) - b.astype(jnp.float32)
-    error = jnp.mean(jnp.square(difference), axis=(1, 2, 3))
-    return 10 * jnp.log10(255.0**2 / jnp.maximum(error, 1e-3))
+    extractor = None
+    if settings.protocol != "none":
+        extractor = make_extractor(settings.protocol, settings.weights, mesh, settings.batch_size)
+    return Metrics(load_lpips(settings.lpips) if settings.lpips else None, extractor)
 
 
-def ssim(a: Num[Array, "b H W c"], b: Num[Array, "b H W c"]) -> Float[Array, " b"]:
-    """Returns the SSIM of each pair, pixels 0 to 255 (Wang et al. 2004).
+def measure_data(
+    tokenizer: Model,
+    config_data: Any,
+    settings: Any,
+    mesh: Mesh,
+    metrics: Metrics,
+    watch: Watchdog,
+    *,
+    show: int = 0,
+) -> RoundTrip:
+    """Returns the round trip of a split of `config.data`, at the size of the tokenizer.
 
-    Gaussian window of 11 taps and deviation 1.5 where it fits, mean over places and channels, as
-    torchmetrics and TensorFlow compute it. Raises UserError below 11 pixels a side.
+    `settings` has the `split`, how many `images` at most, evenly spread over it (0: all), and the
+    `batch_size`. As many as `show` of them are to be shown, evenly spread too.
     """
-    _check(a, b, _TAPS)
-    luminance, contrast = _terms(a.astype(jnp.float32), b.astype(jnp.float32))
-    return jnp.mean(luminance * contrast, axis=(1, 2, 3))
+    source = config_data.copy_and_resolve_references()
+    source.image_size = tokenizer.module.image_size
+    rows = even_batch(settings.batch_size, mesh) // jax.process_count()
+    batches = read_share(source, settings.split, limit=settings.images, rows=rows)
+    places = np.unique(np.arange(show) * batches.num_examples // max(show, 1))
+    told = counted_shares(batches, "reconstructed", batches.num_examples)
+    images = watched(pixels(told), watch)
+    return measure_tokenizer(tokenizer, images, mesh, metrics, rows=rows, show=places)
 
 
-def ms_ssim(a: Num[Array, "b H W c"], b: Num[Array, "b H W c"]) -> Float[Array, " b"]:
-    """Returns the multi-scale SSIM of each pair, pixels 0 to 255.
+def measure_tokenizer(
+    tokenizer: Model,
+    batches: Iterable[UInt8[np.ndarray, "b H W 3"]],
+    mesh: Mesh,
+    metrics: Metrics,
+    *,
+    rows: int,
+    show: Int[np.ndarray, " n"],
+) -> RoundTrip:
+    """Returns the round trip of images, which come in batches of at most `rows` a process.
 
-    Five scales, negative terms cut to 0, mean over channels. Raises UserError below 176 pixels.
+    Its values: images (how many), psnr, l1, ssim, ms_ssim, lpips, rfid of all, and of bits
+    bits_per_image and `bit_usage`. Reconstructions are rounded to 8 bits first. What no metric was
+    opened for is left out, and so is SSIM below 11 pixels a side and MS-SSIM below 176. `show` has
+    the places of the images to be shown. Over several processes each gives its own rows of every
+    batch, and all get the same.
     """
-    _check(a, b, MS_SSIM_SIDE)
-    x, y = a.astype(jnp.float32), b.astype(jnp.float32)
-    product = jnp.ones((x.shape[0], x.shape[-1]))
-    for scale, weight in enumerate(_WEIGHTS):
-        if scale:
-            x, y = (_halve(z) for z in (x, y))
-        luminance, contrast = _terms(x, y)
-        last = scale == len(_WEIGHTS) - 1
-        term = jnp.mean(luminance * contrast if last else contrast, axis=(1, 2))
-        product = product * jnp.maximum(term, 0) ** weight
-    return jnp.mean(product, axis=1)
+    program = _program(tokenizer.module, mesh)
+    variables = place((tokenizer.params, metrics.lpips), replicated(mesh))
+    each: dict[str, list[np.ndarray]] = {}
+    shown: dict[str, list[np.ndarray]] = {}
+    extractor, count = metrics.extractor, 0
+    moments = [Moments(extractor.size) for _ in range(2)] if extractor else []
+    for images in batches:
+        real = len(images)
+        placed = to_device({"image": pad_rows(images, rows)}, mesh)
+        values, made = program(*variables, placed["image"])
+        mask = gather(np.arange(rows) < real)
+        for name, value in values.items():
+            each.setdefault(name, []).append(gather(own_rows(value))[mask])
+        if extractor:
+            own = own_rows(made["reconstruction"])[:real]
+            for running, part in zip(moments, (images, own), strict=True):
+                running.add(extractor(part)["pool"])
+        chosen = np.isin(count + np.arange(mask.sum()), show)
+        if chosen.any():
+            made = {"original": placed["image"], **made}
+            for name, value in made.items():
+                shown.setdefault(name, []).append(gather(own_rows(value))[mask][chosen])
+        count += int(mask.sum())
+    if not count:
+        raise UserError("there are no images to reconstruct: look at config.data")
+    result: dict[str, float] = {"images": count}
+    if extractor:
+        both = (merge_over_hosts(running).gaussian() for running in moments)
+        result["rfid"] = frechet_distance(*both)
+    means = {name: np.concatenate(value).mean(0, np.float64) for name, value in each.items()}
+    ones = means.pop("ones", np.zeros((0, 0)))
+    result |= {name: float(value) for name, value in means.items()}
+    if len(ones):
+        tokens = [h * w for h, w in _grids(tokenizer.module)]
+        result["bits_per_image"] = sum(tokens) * tokenizer.module.bits
+        result |= bit_usage(np.average(ones, axis=0, weights=tokens))
+    pictures = {name: np.concatenate(value) for name, value in shown.items()}
+    return RoundTrip(result, pictures, ones)
 
 
-def _check(a: Any, b: Any, side: int = 1) -> None:
-    if a.shape != b.shape or a.ndim != 4:
-        raise UserError(
-            f"two images to compare need one shape [b, H, W, c], got {a.shape} and {b.shape}"
-        )
-    if min(a.shape[1:3]) < side:
-        raise UserError(f"this metric needs {side} pixels a side at least, got {a.shape}")
+def through(
+    module: Any, params: Any, images: UInt8[Array, "b H W 3"]
+) -> tuple[Any, Float[Array, "b H W 3"]]:
+    """Returns the codes of images, and what they decode to, not clipped."""
+    codes = module.apply({"params": params}, from_uint8(images), method="encode")
+    return codes, module.apply({"params": params}, codes, method="decode")
 
 
-def _terms(x: Array, y: Array) -> tuple[Array, Array]:
-    """-> luminance and contrast-structure terms, [b, h, w, c]."""
-    mean_x, mean_y = _blur(x), _blur(y)
-    var_x, var_y = _blur(x * x) - mean_x**2, _blur(y * y) - mean_y**2
-    covariance = _blur(x * y) - mean_x * mean_y
-    luminance = (2 * mean_x * mean_y + _C1) / (mean_x**2 + mean_y**2 + _C1)
-    return luminance, (2 * covariance + _C2) / (var_x + var_y + _C2)
+def bit_usage(ones: Float[np.ndarray, " k"]) -> dict[str, float]:
+    """Returns `bits_used`, a share, `bits_dead`, how many, and `bits_entropy`, the mean in bits.
+
+    `ones` is the share of the tokens that have each bit set. The entropy is of each bit alone.
+    """
+    used = (ones > RARE) & (ones < 1 - RARE)
+    return {
+        "bits_used": float(used.mean()),
+        "bits_dead": float((~used).sum()),
+        "bits_entropy": float((bit_entropy(ones) * used).mean()),
+    }
 
 
-def _blur(x: Array) -> Array:
-    """The Gaussian window where it lies inside of the image."""
-    offsets = np.arange(_TAPS) - _TAPS // 2
-    taps = np.exp(-(offsets**2) / (2 * _SIGMA**2))
-    taps = jnp.asarray(taps / taps.sum(), jnp.float32)
-    channels = x.shape[-1]
-    for shape in ((_TAPS, 1), (1, _TAPS)):
-        kernel = jnp.broadcast_to(taps.reshape(*shape, 1, 1), (*shape, 1, channels))
-        x = jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            (1, 1),
-            "VALID",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=channels,
-            precision=jax.lax.Precision.HIGHEST,
-        )
-    return x
+def bit_entropy(ones: Float[np.ndarray, "*b"]) -> Float[np.ndarray, "*b"]:
+    """Returns the entropy, in bits, of coins that show one so often."""
+    q = np.clip(np.asarray(ones, np.float64), 1e-12, 1 - 1e-12)
+    return -(q * np.log2(q) + (1 - q) * np.log2(1 - q))
 
 
-def _halve(x: Array) -> Array:
-    window = (1, 2, 2, 1)
-    return jax.lax.reduce_window(x, 0.0, jax.lax.add, window, window, "VALID") / 4
+def bit_bars(ones: Float[np.ndarray, "s k"], module: Any) -> dict[str, Float[np.ndarray, " k"]]:
+    """Returns rows for `bars`: how often each bit is set and its entropy, scale by scale."""
+    grids = _grids(module)
+    names = [f" of scale {i}, {h}x{w}" for i, (h, w) in enumerate(grids, 1)]
+    names = names if len(grids) > 1 else [""]
+    rows = {}
+    for name, share in zip(names, ones, strict=True):
+        rows |= {f"share of ones{name}": share, f"entropy{name}": bit_entropy(share)}
+    return rows
+
+
+def _grids(module: Any) -> list[tuple[int, int]]:
+    return list(getattr(module, "scales", ())) or [module.grid]
+
+
+def _program(module: Any, mesh: Mesh) -> Any:
+    """-> f(params, lpips, images) -> values of each image, and the pictures made of it."""
+
+    def run(params, lpips, images):
+        codes, decoded = through(module, params, images)
+        made = to_uint8(decoded)
+        values = {"psnr": psnr(images, made)}
+        values["l1"] = jnp.mean(jnp.abs(images / 255.0 - made / 255.0), axis=(1, 2, 3))
+        if min(images.shape[1:3]) >= SSIM_SIDE:
+            values["ssim"] = ssim(images, made)
+        if min(images.shape[1:3]) >= MS_SSIM_SIDE:
+            values["ms_ssim"] = ms_ssim(images, made)
+        if lpips is not None:
+            values["lpips"] = lpips_distance(lpips, from_uint8(images), from_uint8(made))
+        if not module.bits:
+            return values, {"reconstruction": made}
+        scales = jax.tree.leaves(codes)  # several, or one
+        values["ones"] = jnp.stack([jnp.mean(x, (1, 2), jnp.float32) for x in scales], axis=1)
+        return values, {"reconstruction": made, "finest": scales[-1]}
+
+    return jax.jit(
+        jax.shard_map(run, mesh=mesh, in_specs=(P(), P(), BATCH), out_specs=BATCH, check_vma=False)
+    )

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bitgen import zoo
 from bitgen.convert.entries import CONV, LINEAR, Entry, Ignore, Rule
 from bitgen.convert.files import open_tensors
 from bitgen.convert.rules import import_tensors
 from bitgen.errors import UserError
 from bitgen.evaluation.inception import SIZE, Inception, unit_names
+from bitgen.hub import zoo
 
 _NORM = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
 _NORM_IN_GRAPH = {

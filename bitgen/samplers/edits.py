@@ -1,186 +1,270 @@
-"""BiGR's zero-shot edits (Hao et al., arXiv 2410.14672): which tokens are drawn again, and drawing.
+"""Mode `edit`: BiGR's zero-shot applications on the user's own picture.
 
-Each edit is the masked sampler started from known bits, once or several times with other masks.
+Inpaint, outpaint, class-conditional edit, class interpolation and enrichment (Hao et al.,
+arXiv 2410.14672). Unlike the reference, exactly the masked tokens are drawn, on the schedule of
+their own number, and a known token never changes.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Bool, UInt8
+from PIL import Image
 
-from bitgen.mesh import BATCH, batch_sharding, replicated, shards_of_batch
-from bitgen.pixels import from_uint8, to_uint8
-from bitgen.progress import Bar
-from bitgen.samplers.images import image_keys
-from bitgen.samplers.masked import MaskedPlan, sample_bits
+from bitgen.errors import UserError
+from bitgen.generators.bigr import BiGR
+from bitgen.hub.model_directory import Model
+from bitgen.images import editing, inputs
+from bitgen.images.crops import center_crop
+from bitgen.labels import class_names_of, parse_labels
+from bitgen.runtime.logging import say
+from bitgen.samplers import redraw
+from bitgen.samplers.masked import MaskedPlan
 
-# A quarter of each block at a time, whatever the side of the blocks.
-_PASSES = 4
+Cell = tuple[str, UInt8[np.ndarray, "S S 3"]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
-    """What to draw: j images from the same known bits, each with its class and its key."""
+class Kind:
+    """What a kind of edit reads of `config.edit`, and the settings of BiGR's script for it."""
 
-    classes: Float[Array, "j d"]
-    indices: Int[np.ndarray, " j"]  # of the images' keys
-    known: Bool[np.ndarray, "h w k"]
-    # Masks [h, w] that are drawn one after another; a picture is made after each round of them.
-    rounds: list[list[Bool[np.ndarray, "h w"]]]
-
-
-def cells_of(pixels: Bool[np.ndarray, "H W"], grid: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
-    """Returns the value at each cell's first pixel: nearest neighbour, as BiGR reduces masks."""
-    rows, columns = (
-        np.arange(cells) * side // cells for cells, side in zip(grid, pixels.shape, strict=True)
-    )
-    return pixels[rows[:, None], columns[None]]
+    needs: tuple[str, ...]
+    takes: tuple[str, ...] = ()  # beyond those
+    variants: int = 8
+    iterations: int = 25
+    guidance: float = 2.5
+    order: str = "linear"
 
 
-def block_masks(
-    grid: tuple[int, int], side: int, rng: np.random.Generator
-) -> list[Bool[np.ndarray, "h w"]]:
-    """Returns masks that hold each token once: a quarter of each block's places, shuffled.
+KINDS = {
+    "inpaint": Kind(("image", "area"), ("label", "blend")),
+    "outpaint": Kind(("image", "area"), ("label", "blend")),
+    "edit": Kind(("image", "area", "label"), ("blend",)),
+    "interpolate": Kind(("labels",), variants=1, iterations=20, order="cosine"),
+    "enrich": Kind(("image",), ("label",), variants=1, iterations=20, guidance=10.0),
+}
 
-    Blocks are `side` x `side` tokens; those that the grid cuts off are smaller.
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The user's picture and the area marked on it, where the kind has them."""
+
+    picture: Image.Image | None = None
+    area: Bool[np.ndarray, "H W"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """What an edit made, and of what."""
+
+    images: UInt8[np.ndarray, "i S S 3"]
+    names: list[dict[str, Any]]  # of each image: its file, and which it is
+    inputs: list[Cell]  # what the model saw
+    labels: list[int]
+    work: redraw.Work
+    plan: MaskedPlan
+
+
+def perform(
+    config: Any, source: Source, generator: Model, tokenizer: Model, mesh: Any, mask: Any = None
+) -> Drawn:
+    """Returns what `config.edit` asks for, drawn; `check_settings` has passed.
+
+    `mask` [h, w] are the tokens to draw; by default those of the area. Raises UserError for a
+    generator that cannot edit, classes that it does not have, and an area of no token or all.
     """
-    place = np.add.outer(np.arange(grid[0]) % side * side, np.arange(grid[1]) % side)
-    order = rng.permutation(side * side)
-    masks = [np.isin(place, order[first::_PASSES]) for first in range(_PASSES)]
-    return [mask for mask in masks if mask.any()]
-
-
-def mixing_ratios(steps: int) -> Float[np.ndarray, " r"]:
-    """Returns shares of the second class from 0 to 1; 0 steps: BiGR's 27, denser in the middle."""
-    if steps:
-        return np.linspace(0, 1, steps)
-    return np.concatenate([[0.0, 0.1, 0.2], np.linspace(0.3, 0.7, 21), [0.8, 0.9, 1.0]])
-
-
-def mix_classes(
-    generator: Any, params: Any, first: int, second: int, ratios: Float[np.ndarray, " r"]
-) -> Float[Array, "r d"]:
-    """Returns class embeddings on the line between two classes, those themselves at 0 and 1."""
-    labels = jnp.array([first, second])
-    ends = generator.apply({"params": params}, labels, method="embed_labels")
-    share = jnp.asarray(ratios, jnp.float32)[:, None]
-    return (1 - share) * ends[:1] + share * ends[1:]
-
-
-def encode_view(
-    tokenizer: Any, params: Any, view: UInt8[np.ndarray, "S S 3"], mesh: Mesh
-) -> tuple[Bool[np.ndarray, "h w k"], UInt8[np.ndarray, "S S 3"]]:
-    """Returns the bits of a picture, and what the tokenizer makes of them."""
-    bits, image = jax.device_get(_round_trip(tokenizer, mesh)(params, view[None]))
-    return bits, image
-
-
-# One program for equal modules, plans and meshes: an edit after another does not compile again.
-@functools.lru_cache(maxsize=8)
-def _round_trip(tokenizer: Any, mesh: Mesh):
-    def encode(params, images):
-        bits = tokenizer.apply({"params": params}, from_uint8(images), method="encode")
-        images = tokenizer.apply({"params": params}, bits, method="decode")
-        return bits[0], to_uint8(images)[0]
-
-    return jax.jit(encode, out_shardings=replicated(mesh))
-
-
-@functools.lru_cache(maxsize=8)
-def redrawer(generator: Any, plan: MaskedPlan, mesh: Mesh):
-    """Returns f(params, classes [b,d], known [b,h,w,k], keys [b], mask [h,w]) -> bits [b,h,w,k].
-
-    All images draw the tokens of the one mask. b must be a multiple of the devices that split a
-    batch. Masks of the same number of tokens are one compiled program.
-    """
-
-    def draw(params, classes, known, keys, mask, masked):
-        def local(params, classes, known, keys, mask):
-            mask = jnp.broadcast_to(mask[None], known.shape[:3])
-            return sample_bits(
-                generator, params, classes, keys, plan, known=known, mask=mask, masked=masked
-            )
-
-        specs = (P(), BATCH, BATCH, BATCH, P())
-        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=BATCH, check_vma=False)(
-            params, classes, known, keys, mask
+    settings = config.edit
+    if not isinstance(generator.module, BiGR):
+        raise UserError(
+            f"edit needs a bigr generator, {generator.path} is a {generator.info['family']}"
         )
-
-    program, sharding = jax.jit(draw, static_argnames="masked"), batch_sharding(mesh)
-
-    def run(params, classes, known, keys, mask):
-        classes, known, keys = jax.device_put((classes, known, keys), sharding)
-        return program(params, classes, known, keys, mask, masked=int(mask.sum()))
-
-    return run
-
-
-@functools.lru_cache(maxsize=8)
-def _viewer(tokenizer: Any, mesh: Mesh):
-    """Returns f(params, bits [b,h,w,k]) -> the bits and uint8 images [b,S,S,3], on every host."""
-
-    def view(params, bits):
-        return bits, to_uint8(tokenizer.apply({"params": params}, bits, method="decode"))
-
-    mapped = jax.shard_map(
-        view, mesh=mesh, in_specs=(P(), BATCH), out_specs=(BATCH, BATCH), check_vma=False
+    labels = read_labels(settings, generator)
+    size = tokenizer.module.image_size
+    if mask is None and source.area is not None:
+        mask = token_mask(settings.kind, source.area, size, generator.module.grid)
+    known, inputs = look(settings, source, tokenizer, mesh)
+    if mask is not None:
+        inputs.insert(1, ("redrawn", _picture_of(mask, size)))
+    work, names = prepare(config, generator, labels, known, mask)
+    if settings.guidance > 1 and not labels:
+        say("no class is given, so there is nothing to guide towards: guidance is off")
+    plan = plan_of(config, guided=bool(labels))
+    _, images = redraw.draw(
+        (generator.module, generator.params),
+        (tokenizer.module, tokenizer.params),
+        work,
+        plan,
+        mesh,
+        seed=config.seed,
+        batch_size=settings.batch_size,
     )
-    return jax.jit(mapped, out_shardings=replicated(mesh))
+    return Drawn(images.reshape(-1, *images.shape[2:]), names, inputs, labels, work, plan)
 
 
-def draw(
-    generator: tuple[Any, Any],
-    tokenizer: tuple[Any, Any],
-    work: Work,
-    plan: MaskedPlan,
-    mesh: Mesh,
-    *,
-    seed: int = 0,
-    batch_size: int = 32,
-) -> tuple[Bool[np.ndarray, "j r h w k"], UInt8[np.ndarray, "j r S S 3"]]:
-    """Returns bits and pictures of each image after each round.
+def check_settings(settings: Any, kind: Kind) -> None:
+    """Raises UserError for what `config.edit` lacks, has too much, or has out of range."""
+    given = {
+        "image": settings.image,
+        "area": settings.mask or settings.box,
+        "label": settings.label,
+        "labels": settings.labels,
+        "blend": settings.blend,
+    }
+    spelled = {name: f"config.edit.{name}" for name in given}
+    spelled["area"] = "config.edit.mask or config.edit.box"
+    for name, value in given.items():
+        if name in kind.needs and not value:
+            raise UserError(f"{settings.kind} needs {spelled[name]}")
+        if value and name not in kind.needs + kind.takes:
+            raise UserError(f"{settings.kind} does not use {spelled[name]}: leave it out")
+    if settings.mask and settings.box:
+        raise UserError("give config.edit.mask or config.edit.box, not both")
+    least = {"variants": 0, "iterations": 0, "guidance": 0, "gumbel": 0, "steps": 0}
+    for name, low in {**least, "rounds": 1, "batch_size": 1, "downsample": 2}.items():
+        if settings[name] < low:
+            raise UserError(f"config.edit.{name} must be {low} or more, got {settings[name]}")
+    if settings.steps == 1:
+        raise UserError("config.edit.steps must be 2 or more, or 0 for the steps of BiGR")
+    if settings.blend:
+        editing.require_opencv()
 
-    Args:
-      generator: module (BiGR) and parameters.
-      tokenizer: module and parameters.
-      work: what to draw.
-      plan: settings of the sampler, used for each mask.
-      mesh: whose devices share a batch; every device holds the parameters.
-      seed: of the images' keys. An image depends on its index, not on batch size or devices.
-      batch_size: images drawn together, rounded up to a multiple of the devices.
+
+def read_source(settings: Any, kind: Kind) -> Source:
+    """Returns the picture, and the area that the mask or the box marks on it.
+
+    Raises UserError if a file cannot be read, the mask has another size than the picture, the box
+    is not inside of it, or nothing is marked.
     """
-    redraw, view = redrawer(generator[0], plan, mesh), _viewer(tokenizer[0], mesh)
-    total, shards = len(work.indices), shards_of_batch(mesh)
-    size = -(-min(batch_size, total) // shards) * shards
-    several = sum(map(len, work.rounds)) > 1
-    bits, images = [], []
-    starts = range(0, total, size)
-    with Bar("drew", len(starts) * sum(map(len, work.rounds)), unit="passes") as bar:
-        for start in starts:
-            # The last batch is filled up, so that there is one program.
-            rows = np.minimum(np.arange(start, start + size), total - 1)
-            keys, classes = image_keys(seed, work.indices[rows]), work.classes[rows]
-            state, shown, passes = np.repeat(work.known[None], size, axis=0), [], 0
-            for masks in work.rounds:
-                for mask in masks:
-                    # With one mask the keys are those of `sample`: same key and class, same image.
-                    these = _fold(keys, passes) if several else keys
-                    state = redraw(generator[1], classes, state, these, mask)
-                    passes += 1
-                    jax.block_until_ready(state)
-                    bar.add(1)
-                shown.append(view(tokenizer[1], state))
-            shown = jax.device_get(shown)
-            bits.append(np.stack([made for made, _ in shown], axis=1)[: total - start])
-            images.append(np.stack([made for _, made in shown], axis=1)[: total - start])
-    return np.concatenate(bits), np.concatenate(images)
+    if "image" not in kind.needs:
+        return Source()
+    picture = inputs.read_picture(settings.image)
+    if "area" not in kind.needs:
+        return Source(picture)
+    if settings.mask:
+        area = inputs.read_area(settings.mask, picture)
+    else:
+        area = inputs.box_area(settings.box, picture)
+    if not area.any():
+        raise UserError(f"the mask {settings.mask} marks nothing: paint the area white")
+    return Source(picture, area)
 
 
-def _fold(keys, index: int):
-    return jax.vmap(jax.random.fold_in, (0, None))(keys, index)
+def look(
+    settings: Any, source: Source, tokenizer: Model, mesh: Any
+) -> tuple[Bool[np.ndarray, "h w k"], list[Cell]]:
+    """Returns the bits to start from, and pictures of what the model sees."""
+    module = tokenizer.module
+    if source.picture is None:
+        return np.zeros((*module.grid, module.bits), bool), []
+    cells = [("original", center_crop(source.picture, module.image_size))]
+    if settings.kind == "enrich":
+        rate = settings.downsample
+        view = editing.reduced_view(source.picture, module.image_size, rate)
+        cells.append((f"1/{rate} resolution", view))
+    bits, decoded = redraw.encode_view(module, tokenizer.params, cells[-1][1], mesh)
+    return bits, [*cells, ("reconstruction", decoded)]
+
+
+def read_labels(settings: Any, generator: Model) -> list[int]:
+    """Returns the classes of `config.edit.label` or `labels`; none stands for the null class.
+
+    Raises UserError for one that the generator does not have, or another number of them.
+    """
+    name, count = ("labels", 2) if settings.kind == "interpolate" else ("label", 1)
+    if not settings[name]:
+        return []
+    names = class_names_of(generator.info)
+    module: Any = generator.module
+    labels = parse_labels(settings[name], module.num_classes, names).tolist()
+    if len(labels) != count:
+        raise UserError(
+            f"config.edit.{name} takes {count} of the model's classes, got {settings[name]!r}"
+        )
+    return labels
+
+
+def prepare(
+    config: Any,
+    generator: Model,
+    labels: list[int],
+    known: Bool[np.ndarray, "h w k"],
+    mask: Any,
+) -> tuple[redraw.Work, list[dict[str, Any]]]:
+    """Returns what to draw, and for each picture that comes out its file name and what it is.
+
+    `mask` [h, w] are the tokens to draw, for the kinds that take an area.
+    """
+    settings = config.edit
+    module: Any = generator.module
+    details: list[dict[str, Any]] = [{}]  # of the pictures of one variant
+    if settings.kind == "interpolate":
+        ratios = redraw.mixing_ratios(settings.steps)
+        first, second = labels
+        classes = redraw.mix_classes(module, generator.params, first, second, ratios)
+        details = [{"ratio": round(float(ratio), 4)} for ratio in ratios]
+        rounds = [[np.ones(module.grid, bool)]]
+    else:
+        null = module.num_classes
+        classes = module.apply(
+            {"params": generator.params}, jnp.array(labels or [null]), method="embed_labels"
+        )
+        rounds = [[mask]]
+    if settings.kind == "enrich":
+        # One order of the blocks for all variants, another in each round.
+        rngs = [np.random.default_rng([config.seed, i]) for i in range(settings.rounds)]
+        rounds = [redraw.block_masks(module.grid, settings.downsample, rng) for rng in rngs]
+        details = [{"round": i + 1} for i in range(settings.rounds)]
+    variants = settings.variants or KINDS[settings.kind].variants
+    names: list[dict[str, Any]] = [
+        {"variant": i, **detail} for i in range(variants) for detail in details
+    ]
+    work = redraw.Work(
+        classes=jnp.tile(classes, (variants, 1)),
+        # All mixtures of one variant share its key.
+        indices=np.repeat(np.arange(variants), len(classes)),
+        known=known,
+        rounds=rounds,
+    )
+    for i, name in enumerate(names):
+        name["file"] = f"edit_{i:02d}.png"
+        if settings.blend:
+            name["blended"] = f"blended_{i:02d}.png"
+    return work, names
+
+
+def token_mask(
+    kind: str, area: Bool[np.ndarray, "H W"], size: int, grid: tuple[int, int]
+) -> Bool[np.ndarray, "h w"]:
+    """Returns the tokens to draw for an area of the picture that is cropped to `size` x `size`.
+
+    Those in the area, or for outpainting all others. Raises UserError if that is none or all.
+    """
+    marked = redraw.cells_of(editing.crop_area(area, size), grid)
+    cells = f"{grid[0]}x{grid[1]} tokens of the centre crop"
+    if not marked.any():
+        raise UserError(f"the marked area holds none of the {cells}: make it larger, or move it")
+    if marked.all():
+        nothing = "nothing is left to draw" if kind == "outpaint" else "nothing is left to keep"
+        raise UserError(f"the marked area holds all {cells}: {nothing}; make it smaller")
+    return ~marked if kind == "outpaint" else marked
+
+
+def plan_of(config: Any, guided: bool) -> MaskedPlan:
+    """Returns the sampler's settings: `config.edit` or else its kind's, and `config.sampler`."""
+    settings, kind = config.edit, KINDS[config.edit.kind]
+    fields = {
+        **config.sampler,
+        "iterations": settings.iterations or kind.iterations,
+        # Guided away from itself the null class goes nowhere, at twice the price.
+        "guidance": (settings.guidance or kind.guidance) if guided else 1.0,
+        "order": settings.order or kind.order,
+        "gumbel": settings.gumbel,
+    }
+    return MaskedPlan(**fields)
+
+
+def _picture_of(mask: Bool[np.ndarray, "h w"], size: int) -> UInt8[np.ndarray, "S S 3"]:
+    image = Image.fromarray(mask.astype(np.uint8) * 255).convert("RGB")
+    return np.asarray(image.resize((size, size), Image.Resampling.NEAREST))

@@ -11,12 +11,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from bitgen.distributed import place
 from bitgen.errors import UserError, choose
 from bitgen.generators.bigr import BiGR
 from bitgen.generators.bitdance import BitDance
-from bitgen.mesh import BATCH, batch_sharding
-from bitgen.pixels import to_uint8
+from bitgen.images.pixels import to_uint8
+from bitgen.runtime.distributed import place
+from bitgen.runtime.mesh import BATCH, batch_sharding
 from bitgen.samplers import autoregressive, masked
 from bitgen.samplers.autoregressive import AutoregressivePlan
 from bitgen.samplers.masked import MaskedPlan

@@ -15,8 +15,8 @@ import numpy as np
 
 from bitgen.build import param_shapes
 from bitgen.errors import first_line
-from bitgen.measure import random_values
 from bitgen.nn.attention import attend
+from bitgen.profiling.roofline import random_values
 from bitgen.samplers.images import image_keys, sampler_of
 
 from .models import released

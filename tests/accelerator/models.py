@@ -4,9 +4,9 @@ import runpy
 from pathlib import Path
 from typing import Any
 
-import small
+from helpers import small
 
-from bitgen import benchmark
+from bitgen.modes import benchmark
 from bitgen.samplers.images import make_plan
 
 from .part import Context

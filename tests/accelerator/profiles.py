@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from bitgen import benchmark
-from bitgen.measure import compile_program, random_values, time_calls
+from bitgen.modes import benchmark
+from bitgen.profiling.roofline import compile_program, random_values, time_calls
 
 from . import training
 from .models import sampling

@@ -10,11 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bitgen import benchmark, devices
-from bitgen.measure import Peaks, compile_program, measure_peaks, random_values, row, time_calls
-from bitgen.mesh import batch_sharding, make_mesh
+from bitgen.modes import benchmark
+from bitgen.profiling.compile_report import traffic_of
+from bitgen.profiling.roofline import (
+    Peaks,
+    compile_program,
+    measure_peaks,
+    random_values,
+    row,
+    time_calls,
+)
+from bitgen.runtime import devices
+from bitgen.runtime.mesh import batch_sharding, make_mesh
 from bitgen.samplers.images import image_keys
-from bitgen.traffic import traffic_of
 
 from .models import sampling
 from .part import READY, Context

@@ -7,14 +7,17 @@ from typing import Any
 
 import jax
 import numpy as np
-import small
+from helpers import small
 
-from bitgen import benchmark, data, devices, memory
+from bitgen import data
 from bitgen.data.packed import PackedWriter
-from bitgen.measure import compile_program, random_values
-from bitgen.mesh import make_mesh, replicated
-from bitgen.sharding import RULES, tree_shardings
-from bitgen.train import Feed
+from bitgen.modes import benchmark
+from bitgen.modes.train import Feed
+from bitgen.profiling import memory_estimate
+from bitgen.profiling.roofline import compile_program, random_values
+from bitgen.runtime import devices
+from bitgen.runtime.mesh import make_mesh, replicated
+from bitgen.runtime.sharding import RULES, tree_shardings
 
 from .models import config
 from .part import READY, Context
@@ -116,7 +119,7 @@ def starter(c: Any, mesh: Any) -> Callable[[], tuple[Any, Any]]:
 
     It is compiled; only what f returns lies on the device.
     """
-    task, key = memory.shapes_task(c), jax.random.key(0)
+    task, key = memory_estimate.shapes_task(c), jax.random.key(0)
     shardings = tree_shardings(jax.eval_shape(task.init, key), RULES[c.model.family], mesh)
     init = jax.jit(task.init, out_shardings=shardings).lower(key).compile()
     return lambda: (init(key), random_values(task.frozen_shapes(), replicated(mesh)))
@@ -129,7 +132,7 @@ def _timed(c: Any, mesh: Any, program: Any, state: Any, frozen: Any) -> tuple[An
         process_count=1,
     )  # fmt: skip
     feed, metrics, begun, waited = Feed(batches, mesh, 0), {}, 0.0, 0.0
-    names = memory.shapes_task(c).batch_shapes()  # a tokenizer's step takes no labels
+    names = memory_estimate.shapes_task(c).batch_shapes()  # a tokenizer's step takes no labels
     try:
         for done in range(1, WARM + MOST + 1):
             waiting = time.perf_counter()

@@ -1,0 +1,236 @@
+"""`zoo:NAME`: fetches a released checkpoint and converts it, or fetches a file of a metric.
+
+A converted model lies in the cache, `models/NAME` below $BITGEN_CACHE or ~/.cache/bitgen. A file
+that cannot be downloaded is put by hand where `placed` says. `zoo_entries` lists what there is.
+"""
+
+import contextlib
+import fcntl
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from bitgen import build
+from bitgen.errors import UserError, choose
+from bitgen.hub.download import download
+from bitgen.hub.zoo_entries import PARAMETERS, TILES, WEIGHTS, ZOO, Entry, WeightsFile
+from bitgen.runtime.distributed import is_first
+
+PREFIX = "zoo:"
+
+
+def get(name: str) -> Entry:
+    """Returns an entry by name; raises UserError if there is none, or none that can be used yet."""
+    entry = choose("model of the zoo", name.removeprefix(PREFIX), ZOO)
+    if not entry.usable:
+        raise UserError(f"{entry.name} is a {entry.family}, which this version cannot load yet")
+    return entry
+
+
+def settings(entry: Entry) -> dict[str, Any]:
+    """Returns every setting of a usable entry's module."""
+    defaults = build.fields_of(entry.kind, entry.family)
+    return {
+        name: entry.hparams.get(name, value)
+        for name, value in defaults.items()
+        if name not in build.RUN_FIELDS
+    }
+
+
+def find(family: str, hparams: Mapping[str, Any]) -> Entry | None:
+    """Returns the entry of a family that agrees with all the settings given, if there is one."""
+    for entry in ZOO.values():
+        if entry.family == family and entry.usable:
+            ours = settings(entry)
+            if all(ours.get(name) == _tuple(value) for name, value in hparams.items()):
+                return entry
+    return None
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value  # JSON has lists only
+
+
+def describe(family: str, hparams: Mapping[str, Any]) -> str:
+    """Returns the sizes of a model in few words: those of its entry, if it is in the zoo."""
+    if entry := find(family, hparams):
+        return entry.size
+    if "latent_channels" in hparams:
+        widths = hparams["encoder_widths"]
+        return f"f{2 ** (len(widths) - 1)}c{hparams['latent_channels']}, width {widths[-1]}"
+    if "bits" not in hparams or "width" not in hparams:
+        sizes = [(name, value) for name, value in hparams.items() if type(value) is int]
+        return ", ".join(f"{name} {value}" for name, value in sizes[:3])
+    bits = f"d{hparams['bits']}"
+    if "layers" in hparams:
+        return f"{bits}, {hparams['layers']} layers of width {hparams['width']}"
+    return f"{bits}, {hparams['image_size']} px, width {hparams['width']}"
+
+
+def resolve(path: str | os.PathLike) -> Path:
+    """Returns the model directory of zoo:NAME, fetched and converted on first use; any other path
+    as it is.
+
+    Raises UserError for an unknown name, and if the file is neither there nor can be downloaded:
+    which file to get, and where to put it.
+    """
+    if not str(path).startswith(PREFIX):
+        return Path(path)
+    entry = get(str(path))
+    directory = cache() / "models" / entry.name
+    finished = directory / "model.json"
+    if not finished.is_file():
+        with _locked(directory):
+            if not finished.is_file():  # another process may have been faster
+                _convert(_file(entry), directory, entry)
+    return directory
+
+
+def cache() -> Path:
+    """Returns the directory that zoo models and files put by hand are in."""
+    return Path(os.environ.get("BITGEN_CACHE") or Path.home() / ".cache" / "bitgen").absolute()
+
+
+def placed(entry: Entry | WeightsFile) -> Path:
+    """Returns where a file is found that is put there by hand."""
+    folder = entry.family if isinstance(entry, WeightsFile) else entry.name
+    return cache() / "files" / folder / entry.file
+
+
+def fetch_weights(name: str) -> Path:
+    """Returns the file of zoo:NAME that a metric reads, downloaded on first use.
+
+    Raises UserError for an unknown name, and if the file is neither there nor can be downloaded:
+    which file to get, and where to put it.
+    """
+    entry = choose("file of the zoo", name.removeprefix(PREFIX), WEIGHTS)
+    file = placed(entry)
+    if not file.is_file():
+        with _locked(file):
+            if not file.is_file():  # another process may have been faster
+                try:
+                    download(entry.url, file, entry.sha256)
+                except OSError as e:
+                    raise UserError(
+                        f"{entry.name} cannot be downloaded: {e}; get {entry.file} from "
+                        f"{entry.url} and put it at {file}"
+                    ) from None
+    return file
+
+
+def table() -> str:
+    """Returns the zoo as a table of text."""
+    rows = [("NAME", "FAMILY", "SIZE", "PIXELS", "GB", "EXPECTED", "FROM")]
+    for entry in ZOO.values():
+        rows.append(
+            (
+                entry.name,
+                entry.family + ("" if entry.usable else " (not yet)"),
+                entry.size.removesuffix(f", {entry.pixels} px"),
+                str(entry.pixels),
+                "" if entry.gigabytes is None else f"{entry.gigabytes:.2f}",
+                entry.expected,
+                entry.source,
+            )
+        )
+    for entry in WEIGHTS.values():
+        size = f"{entry.gigabytes:.2f}"
+        rows.append((entry.name, entry.family, "of metrics", "", size, "", entry.url))
+    return _aligned(rows)
+
+
+def parameter_table() -> str:
+    """Returns how many parameters every known network has, beside what its authors print.
+
+    Counted from shapes, so no weights are needed, but some seconds a network. Running statistics
+    of batch norms are left out, as authors do.
+    """
+    rows = [("NAME", "FAMILY", "PARAMETERS", "PUBLISHED")]
+    for name, (kind, family, hparams) in networks().items():
+        module = build.make_module(kind, family, hparams)
+        count = sum(
+            math.prod(leaf.shape)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(build.param_shapes(module))
+            if path[-1].key not in ("mean", "var")
+        )
+        rows.append((name, family, f"{count / 1e6:.2f}M", PARAMETERS.get(name, "")))
+    return _aligned(rows)
+
+
+def networks() -> dict[str, tuple[str, str, dict[str, Any]]]:
+    """Returns kind, family and settings, where not the defaults, of every known network by name."""
+    found = {e.name: (e.kind, e.family, dict(e.hparams)) for e in ZOO.values() if e.usable}
+    return found | {name: ("tokenizer", "dcae", hparams) for name, hparams in TILES.items()}
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def _file(entry: Entry) -> Path:
+    """Returns the checkpoint file, put by hand or downloaded."""
+    by_hand = placed(entry)
+    if by_hand.parent.is_dir():
+        for path in by_hand.parent.iterdir():
+            # BitDance's authors renamed their files from 1X to 1x.
+            if path.name.lower() == by_hand.name.lower() and path.is_file():
+                return path
+    help_ = f"get {entry.file} from {entry.source} and put it at {by_hand}"
+    if entry.repository is None:
+        raise UserError(f"{entry.name} is on no hub: {help_}")
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.utils import disable_progress_bars, logging
+    except ImportError:
+        install = "pip install 'bitgen[convert]'"
+        raise UserError(
+            f"downloading {entry.name} needs huggingface_hub: {install}, or {help_}"
+        ) from None
+    logging.set_verbosity_error()  # our one line says what its lines for each try would
+    if not is_first():
+        disable_progress_bars()
+    try:
+        # Into the hub's own cache: what another program fetched is found, what broke off resumes.
+        return Path(hf_hub_download(entry.repository, f"{entry.folder}{entry.file}"))
+    except Exception as e:  # of three libraries, none of which has a class for all its errors
+        reason = str(e).strip().split("\n")[0] or type(e).__name__
+        raise UserError(f"{entry.name} cannot be downloaded: {reason}; {help_}") from None
+
+
+def _convert(file: Path, directory: Path, entry: Entry) -> None:
+    # A process of its own: what asks for the model may span hosts and hold the accelerator.
+    command = [sys.executable, "-m", "bitgen.convert", str(file), str(directory)]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    if not is_first():
+        environment["TQDM_DISABLE"] = "1"
+    # Some of these also hold an average, which the original does not read.
+    weights = ["--weights=model"] if entry.wrapped == "vae" else []
+    command += [*weights, f"--model={entry.name}"]
+    done = subprocess.run(command, env=environment, check=False)
+    if done.returncode:
+        raise UserError(f"{file} cannot be converted to {entry.name}: see the lines above")
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Lets one process at a time work on a directory of the cache."""
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(
+            f"cannot write {directory.parent} ({e.strerror}): set BITGEN_CACHE to a directory"
+        ) from None
+    with directory.with_name(directory.name + ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,91 @@
+"""Mode `tokenize`: a dataset to packed bits on disk, once, so that generators train on bits."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from bitgen import data
+from bitgen.data.packed import PackedWriter, pack_bits
+from bitgen.hub import model_directory
+from bitgen.images.pixels import from_uint8
+from bitgen.runtime.distributed import check_mesh, gather, on_first, own_rows, pad_rows
+from bitgen.runtime.logging import say
+from bitgen.runtime.mesh import BATCH, even_batch, make_mesh, replicated, to_device
+from bitgen.runtime.progress import Bar
+from bitgen.runtime.watchdog import Watchdog, guard
+
+
+def run(config: Any, workdir: Path) -> None:
+    """Writes `workdir/bits`: packed bits, labels and the tokenizer's identity; resumes by shard."""
+    with guard(workdir, "tokenize", config.train.stuck_after) as watch:
+        _run(config, workdir, watch)
+
+
+def _run(config: Any, workdir: Path, watch: Watchdog) -> None:
+    settings, mesh = config.tokenize, make_mesh(**config.mesh)
+    check_mesh(mesh)
+    watch.doing("loading the tokenizer", patient=True)
+    tokenizer = model_directory.load(config.tokenizer, "tokenizer", replicated(mesh))
+    model_directory.check_bits(tokenizer.module, tokenizer.path)
+    source = config.data.copy_and_resolve_references()
+    source.split, source.image_size = settings.split, tokenizer.module.image_size
+    size = even_batch(settings.batch_size, mesh)
+    places = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    batches = data.make_batches(source, batch_size=size, seed=config.seed, training=False, **places)
+    module, total = tokenizer.module, batches.num_examples
+    meta = {
+        "grid": list(module.grid),
+        "bits": module.bits,
+        "views": settings.views,
+        "num_classes": batches.num_classes,
+        "class_names": list(batches.class_names),
+        "count": total,
+        "examples_per_shard": settings.shard,
+        "tokenizer": model_directory.identity(config.tokenizer),
+        "source": {k: source[k] for k in ("source", "path", "builder", "split", "holdout")},
+    }
+    writer: list[PackedWriter] = []  # of the first process
+
+    def open_writer() -> int:
+        writer.append(PackedWriter(workdir / "bits", meta))
+        return writer[0].next_index
+
+    begin = on_first(open_writer)
+
+    def encode(params, images):
+        images = from_uint8(images)
+        views = [images, images[:, :, ::-1]][: settings.views]
+        bits = [module.apply({"params": params}, view, method="encode") for view in views]
+        return jnp.stack([pack_bits(b) for b in bits], axis=1)
+
+    program = jax.jit(
+        jax.shard_map(encode, mesh=mesh, in_specs=(P(), BATCH), out_specs=BATCH, check_vma=False)
+    )
+    if begin:
+        say(f"{workdir / 'bits'} goes on at image {begin} of {total}")
+        batches.close()
+        batches = data.make_batches(
+            source, batch_size=size, seed=config.seed, training=False, start=begin, **places
+        )
+    rows = size // jax.process_count()
+    with Bar("tokenized", total, first=begin) as bar:
+        for batch in batches:
+            watch.doing(f"encoding after {bar.done} images", patient=bar.done == begin)
+            images = batch["image"]
+            placed = to_device({"image": pad_rows(images, rows)}, mesh)
+            packed = gather(own_rows(program(tokenizer.params, placed["image"])))
+            real = gather(np.arange(rows) < len(images))
+            label, index = (
+                gather(pad_rows(batch[name], rows))[real] for name in ("label", "index")
+            )
+            if writer:
+                writer[0].add(packed[real], label, index)
+            bar.add(len(index))
+    watch.doing("completing the bits", patient=True)
+    broken = int(gather(np.asarray([batches.counts()["broken"]])).sum())
+    on_first(lambda: writer[0].finish(broken))
+    say(f"wrote {workdir / 'bits'}: {total} images, {settings.views} view(s) each")

@@ -1,0 +1,254 @@
+"""Notices a run that does not go on, or a process of it that is gone, and says which.
+
+Every process has a thread that writes a file, `heartbeats/00001.json` in the workdir, with what
+its main thread is doing. The first process reads all of them, the others read that of the first.
+What is found ends a process with one line and status 75, whatever its main thread waits for.
+"""
+
+import contextlib
+import dataclasses
+import faulthandler
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+
+from bitgen.errors import UserError, first_line
+from bitgen.runtime import lock
+from bitgen.runtime.distributed import RESTART, leave, on_abort, on_first
+
+T = TypeVar("T")
+
+BEAT = 2.0  # seconds between signs of life
+
+SILENT = lock.SILENT  # seconds without one after which a process counts as gone
+
+PATIENCE = 10  # times the usual, for what takes long by nature
+
+# Seconds after which C ends a process whose Python is held still, or which was suspended so long.
+_LAST_RESORT = 15 * SILENT
+
+_SIZE = 1024  # bytes of a file of heartbeats: written in place, so that a full disk does not matter
+
+_RUNNING = -1
+
+_UNKNOWN = lock.Process("an unknown host", "", 0, "")
+
+
+@dataclasses.dataclass
+class Beat:
+    """What a process tells about itself."""
+
+    process: int
+    where: lock.Process
+    beats: int = 0  # rises while the process lives
+    progress: int = 0  # rises while its main thread goes on
+    doing: str = "starting"
+    patient: bool = True  # that this may take long
+    status: int = _RUNNING  # with which it ended
+    why: str = ""
+
+    def __str__(self) -> str:
+        return f"process {self.process} on {self.where.host}"
+
+
+class Judge:
+    """Tells from heartbeats what is wrong; keeps no time itself, and counts that of one clock."""
+
+    def __init__(self, stuck_after: float, silent_after: float = SILENT):
+        self.stuck_after, self.silent_after = stuck_after, silent_after
+        self.seen: dict[tuple[int, str], tuple[int, float]] = {}
+
+    def unchanged(self, beat: Beat, what: str, now: float) -> float:
+        """Returns for how long a count of a process has been the same."""
+        value, key = getattr(beat, what), (beat.process, what)
+        if self.seen.get(key, (None, 0.0))[0] != value:
+            self.seen[key] = (value, now)
+        return now - self.seen[key][1]
+
+    def pause(self, seconds: float) -> None:
+        """Leaves out a time in which the judge itself did not run."""
+        self.seen = {key: (value, at + seconds) for key, (value, at) in self.seen.items()}
+
+    def look(self, beats: Mapping[int, Beat], now: float) -> tuple[str, int] | None:
+        """Returns what is wrong and the status to end with, None if nothing is."""
+        for beat in beats.values():
+            silent = self.unchanged(beat, "beats", now)
+            if beat.status == 0:
+                continue
+            if beat.status != _RUNNING:
+                return f"{beat} ended: {beat.why}", beat.status
+            if beat.where.runs() is False:
+                return (
+                    f"{beat} is gone: its process {beat.where.pid} was killed, or was out of "
+                    f"memory (its last: {beat.doing})"
+                ), RESTART
+            if silent > self.silent_after:
+                return f"{beat} gave no sign of life for {silent:.0f} s: {beat.doing}", RESTART
+        running = [beat for beat in beats.values() if beat.status == _RUNNING]
+        return self._stuck(running, now) if self.stuck_after > 0 and running else None
+
+    def _stuck(self, beats: list[Beat], now: float) -> tuple[str, int] | None:
+        """The others wait for those that have gone least far."""
+        idle = {beat.process: self.unchanged(beat, "progress", now) for beat in beats}
+        least = min(beat.progress for beat in beats)
+        last = [beat for beat in beats if beat.progress == least]
+        limits = (self.stuck_after * (PATIENCE if beat.patient else 1) for beat in last)
+        if not all(idle[b.process] > limit for b, limit in zip(last, limits, strict=True)):
+            return None
+        names = ", ".join(map(str, last[:3])) + (f" and {len(last) - 3} more" if last[3:] else "")
+        seconds = min(idle[beat.process] for beat in last)
+        others = "; the others wait for it" if len(last) < len(beats) else ""
+        return f"{names}: stuck for {seconds:.0f} s at: {last[0].doing}{others}", RESTART
+
+
+class Watchdog:
+    """Tells the other processes what this one is doing, and ends it if the run is stuck."""
+
+    def __init__(self, workdir: Path, stuck_after: float, held: lock.Lock | None):
+        index, self.count = jax.process_index(), jax.process_count()
+        self.folder, self.held = workdir / "heartbeats", held
+        self.own = Beat(index, lock.this_process())
+        self.beats = {0: self.own} if index == 0 else {}  # as last read
+        self.judge = Judge(stuck_after, min(SILENT, stuck_after) if stuck_after > 0 else SILENT)
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def doing(self, what: str, patient: bool = False) -> None:
+        """Says that the run goes on, and with what; `patient`: it takes long by nature."""
+        self.own.doing, self.own.patient = what, patient
+        self.own.progress += 1
+
+    def look(self) -> tuple[str, int] | None:
+        """Returns what is wrong with the run, if anything is."""
+        if self.count == 1:
+            return self.judge.look({0: self.own}, time.monotonic())
+        for i in range(1, self.count) if self.own.process == 0 else [0]:
+            self.beats[i] = self._read(i) or self.beats.get(i) or Beat(i, _UNKNOWN)
+        return self.judge.look(self.beats, time.monotonic())
+
+    def end(self, status: int, why: str = "") -> None:
+        """Tells the others that this process ends, and stops watching."""
+        self.stopped.set()
+        faulthandler.cancel_dump_traceback_later()
+        if self.thread.is_alive():
+            self.thread.join(5 * BEAT)  # not for ever: storage may hang
+        self.own.status, self.own.why = status, why[: _SIZE // 2]
+        self._write()
+
+    def _watch(self) -> None:
+        last = time.monotonic()
+        while not self.stopped.wait(BEAT):
+            # A process that was suspended, or whose storage was, has not watched.
+            away = time.monotonic() - last - 5 * BEAT
+            if away > 0:
+                self.judge.pause(away)
+            last = time.monotonic()
+            self.own.beats += 1
+            self._write()
+            if self.count > 1:  # for a main thread that waits without letting this one run
+                faulthandler.dump_traceback_later(_LAST_RESORT, exit=True)
+            if self.held and not self.held.touch():
+                self._leave(f"another run has taken {self.held.path.parent} over", 2)
+            if found := self.look():
+                self._leave(*found)
+
+    def _leave(self, why: str, status: int) -> None:
+        self.own.status, self.own.why = status, why[: _SIZE // 2]
+        self._write()
+        if self.held:
+            self.held.release()
+        leave(_with_advice(why, status), status)
+
+    def _file(self, process: int) -> Path:
+        return self.folder / f"{process:05d}.json"
+
+    def _write(self) -> None:
+        if self.count == 1:
+            return
+        text = json.dumps(dataclasses.asdict(self.own)).encode().ljust(_SIZE - 1) + b"\n"
+        with contextlib.suppress(OSError):
+            flags = os.O_WRONLY | os.O_CREAT
+            file = os.open(self._file(self.own.process), flags, 0o644)
+            try:
+                os.write(file, text)
+            finally:
+                os.close(file)
+
+    def _read(self, process: int) -> Beat | None:
+        try:
+            found: dict[str, Any] = json.loads(self._file(process).read_text())
+            return Beat(**{**found, "where": lock.Process(**found["where"])})
+        except (OSError, ValueError, TypeError, KeyError):  # not there yet, or half written
+            return None
+
+
+def _with_advice(why: str, status: int) -> str:
+    return f"{why}; the same command goes on from what is saved" if status == RESTART else why
+
+
+def aborted(watch: Watchdog) -> tuple[str, int]:
+    """Returns why JAX aborts this process, as far as the heartbeats tell."""
+    watch.judge.silent_after = min(5 * BEAT, watch.judge.silent_after)
+    end = time.monotonic() + 3 * watch.judge.silent_after
+    while time.monotonic() < end:
+        if found := watch.look():
+            return _with_advice(*found), found[1]
+        time.sleep(0.5)
+    lost = "lost touch with the other processes of this run"
+    return _with_advice(lost, RESTART), RESTART
+
+
+@contextlib.contextmanager
+def guard(workdir: Path, name: str, stuck_after: float) -> Iterator[Watchdog]:
+    """Holds `workdir/NAME.lock` and watches over the run under this context.
+
+    Raises UserError if another run holds the lock. An error that a lost process causes in this one
+    ends it with a line about that process.
+    """
+    held: list[lock.Lock] = []
+    workdir.mkdir(parents=True, exist_ok=True)
+    on_first(lambda: held.append(lock.acquire(workdir / f"{name}.lock")))
+    mine = held[0] if held else None
+    watch = Watchdog(workdir, stuck_after, mine)
+    with contextlib.ExitStack() as stack:
+        if mine:
+            stack.callback(mine.release)
+        if watch.count > 1:
+            on_first(lambda: _fresh(watch.folder))
+            watch._write()
+            stack.enter_context(on_abort(lambda: aborted(watch)))
+        watch.thread.start()
+        try:
+            yield watch
+        except UserError as e:
+            watch.end(e.status, str(e))
+            raise
+        except jax.errors.JaxRuntimeError as e:
+            if watch.count > 1:  # most often another process is gone: the thread will say which
+                watch.thread.join(watch.judge.silent_after + 5 * BEAT)
+            watch.end(1, first_line(e))
+            raise
+        except BaseException as e:
+            watch.end(1, f"{type(e).__name__}: {e}")
+            raise
+        watch.end(0)
+
+
+def watched(items: Iterable[T], watch: Watchdog) -> Iterator[T]:
+    """Passes items on, each a sign that the run goes on."""
+    for i, item in enumerate(items):
+        watch.doing(f"batch {i}", patient=i == 0)  # the first compiles
+        yield item
+    watch.doing("the last batch", patient=True)
+
+
+def _fresh(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
