@@ -32,10 +32,10 @@ from bitgen.images.inputs import (
 )
 from bitgen.images.pixels import from_uint8
 from bitgen.labels import class_names_of, parse_labels
-from bitgen.runtime.mesh import batch_sharding, even_batch, make_mesh, replicated
+from bitgen.runtime.mesh import batch_sharding, make_mesh, replicated, round_up_batch
 from bitgen.samplers import edits
 from bitgen.samplers import images as samplers
-from bitgen.samplers.progressive import image_steps
+from bitgen.samplers.progressive import progressive_images
 
 # One picture, or several: PIL, a file, uint8 of any size [H, W, 3], float in [-1, 1] of the model's
 # size [S, S, 3], and lists or a leading axis of those.
@@ -59,7 +59,7 @@ def load(
       path: model directory, or name of a released model with or without zoo: before it.
       tokenizer: of a generator, in the same ways. By default the one that a released model names,
         or that the generator was trained with, if it lies near it (as a run's workdirs do).
-      mesh: devices to share the work, `bitgen.runtime.mesh.make_mesh()` for all; by default the first.
+      mesh: devices to share the work, all with `make_mesh()`; by default the first.
       dtype: of the computation, float32 or bfloat16.
 
     Raises UserError if a model cannot be read, or the two do not fit.
@@ -226,13 +226,13 @@ class Pipeline:
         generator, plan, labels = self._generator(), self.plan(**settings), self.labels(labels)
         if every < 1:
             raise UserError(f"every must be 1 or more, got {every}")
-        size = even_batch(len(labels), self.mesh)
+        size = round_up_batch(len(labels), self.mesh)
         rows = np.minimum(np.arange(size), len(labels) - 1)
         placed, keys = jax.device_put(
             (labels[rows], samplers.image_keys(seed, rows)), batch_sharding(self.mesh)
         )
         one, other = ((model.module, model.params) for model in (generator, self.tokenizer))
-        for images, drawn in image_steps(one, other, placed, keys, plan, every):
+        for images, drawn in progressive_images(one, other, placed, keys, plan, every):
             yield images[: len(labels)], drawn[: len(labels)]
 
     def edit(
@@ -337,7 +337,10 @@ class Pipeline:
         total = len(jax.tree.leaves(inputs)[0])
         if batch_size < 1 or total < 1:
             raise UserError(f"need a batch and an input at least, got {batch_size} and {total}")
-        size, sharding = even_batch(min(batch_size, total), self.mesh), batch_sharding(self.mesh)
+        size, sharding = (
+            round_up_batch(min(batch_size, total), self.mesh),
+            batch_sharding(self.mesh),
+        )
         params, done = params or self.tokenizer.params, []
         for start in range(0, total, size):
             rows = np.minimum(np.arange(start, start + size), total - 1)

@@ -41,7 +41,7 @@ def base(generator: str = "bigr") -> Any:
     config.train.fid_every = 0
     config.train.fid_images = 2_000
     config.train.checkpoint_every = 5_000
-    config.train.keep = 2  # newest checkpoints kept
+    config.train.max_to_keep = 2  # newest checkpoints kept
     # Seconds without a step after which a run of any mode ends and says which process is stuck, ten
     # times as many for compiling, saving and measuring; 0: never.
     config.train.stuck_after = 600

@@ -120,7 +120,7 @@ def test_steps_of_real_size_fit_an_h100_by_shapes(name, tmp_path):
     traced, (_, _, shapes) = traced_step(c, mesh)
     assert all(shape.shape[0] == batch for shape in shapes.values())
     assert count_flops(traced.jaxpr) > 1e12
-    assert memory_estimate.fits(memory_estimate.estimate(c, 1), devices.named("H100").memory)
+    assert memory_estimate.fits(memory_estimate.estimate(c, 1), devices.by_name("H100").memory)
 
 
 # ------------------------------------------------------------------------ parts that fail

@@ -63,7 +63,7 @@ def _run(args: argparse.Namespace) -> None:
 
     from bitgen.convert.directory import export_file, import_file
     from bitgen.hub import zoo
-    from bitgen.runtime.logging import quiet, say
+    from bitgen.runtime.logging import log_info, quiet
 
     quiet()
     absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs what we report
@@ -71,7 +71,7 @@ def _run(args: argparse.Namespace) -> None:
         print(zoo.parameter_table() if args.parameters else zoo.table())
     elif args.to_torch:
         count = export_file(args.input, args.output, args.tokenizer)
-        say(f"wrote {args.output}: {count} tensors")
+        log_info(f"wrote {args.output}: {count} tensors")
     else:
         info, parameters, plan = import_file(
             args.input, args.output, args.model, args.weights, args.dtype
@@ -83,7 +83,7 @@ def _run(args: argparse.Namespace) -> None:
         for reason in dict.fromkeys(plan.ignored.values()):
             count = list(plan.ignored.values()).count(reason)
             notes.append(f"{count} ignored: {reason}")
-        say(f"wrote {args.output}: {'; '.join(notes)}")
+        log_info(f"wrote {args.output}: {'; '.join(notes)}")
 
 
 if __name__ == "__main__":

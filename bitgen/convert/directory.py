@@ -22,7 +22,7 @@ from bitgen.convert.rules import Plan, check_aliases, export_tensors, plan_impor
 from bitgen.errors import UserError, choose
 from bitgen.hub import model_directory, zoo
 from bitgen.hub.streaming import LazyArray
-from bitgen.runtime.progress import Bar
+from bitgen.runtime.progress import ProgressBar
 
 
 class Family(NamedTuple):
@@ -105,7 +105,7 @@ def import_file(
         },
         "wrapping": wrapping,
     }
-    with Bar("converting", total, unit="B", lines=False) as bar:
+    with ProgressBar("converting", total, unit="B", lines=False) as bar:
         params = _lazy_params(plan, tensors, target, to_dtype, bar)
         carried = _counted(bar, ((name, tensors[name]) for name in plan.carried))
         model_directory.write(directory, info, params, carried)
@@ -141,7 +141,7 @@ def export_file(
         renamed = ((f"vae.{name}", value) for name, value in inner.tensors)
         tensors, size = itertools.chain(tensors, renamed), size + inner.size
     check_space(output.parent, size)
-    with Bar("writing", size, unit="B", lines=False) as bar:
+    with ProgressBar("writing", size, unit="B", lines=False) as bar:
         return write_torch(output, _counted(bar, tensors), FAMILIES[model.family].wrapped)
 
 
@@ -210,7 +210,7 @@ def _defaults(kind: str, family: str) -> dict[str, Any]:
 
 
 def _lazy_params(
-    plan: Plan, tensors: Tensors, target: Mapping, dtype: np.dtype, bar: Bar
+    plan: Plan, tensors: Tensors, target: Mapping, dtype: np.dtype, bar: ProgressBar
 ) -> dict[str, Any]:
     """Returns our nested parameters, each to be read from the file when it is asked for."""
 
@@ -238,7 +238,9 @@ def _tuples(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _counted(bar: Bar, named: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+def _counted(
+    bar: ProgressBar, named: Iterable[tuple[str, np.ndarray]]
+) -> Iterator[tuple[str, np.ndarray]]:
     for name, value in named:
         bar.add(value.nbytes)
         yield name, value

@@ -4,7 +4,7 @@ Configuration         default_config
 Batches               make_batches, Batches
 Sources               make_source, Source
 Packed bits           pack_bits, unpack_bits, PackedWriter, PackedSource
-Images                bitgen.data.images: decode, crops, grid, write_png
+Images                bitgen.images: files, crops, grids
 """
 
 from ml_collections import ConfigDict

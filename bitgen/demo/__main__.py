@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bitgen.errors import UserError
-from bitgen.runtime.logging import quiet, say
+from bitgen.runtime.logging import log_info, quiet
 
 
 def main(argv: Sequence[str] = tuple(sys.argv)) -> int:
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] = tuple(sys.argv)) -> int:
         components.gradio()
         serve(page.build(load(config)), config)
     except UserError as e:
-        say(f"error: {e}")
+        log_info(f"error: {e}")
         return 2
     return 0
 
@@ -86,7 +86,7 @@ def serve(page: Any, config: Any) -> None:
         raise UserError(
             f"cannot serve at {config.host} port {config.port} ({e}): set --config.port"
         ) from None
-    say(f"open {url}  (Ctrl+C ends it)")
+    log_info(f"open {url}  (Ctrl+C ends it)")
     try:
         page.block_thread()
     finally:

@@ -8,7 +8,7 @@ from typing import Any
 
 from bitgen.demo.actions import Tools
 from bitgen.errors import UserError
-from bitgen.runtime.logging import say
+from bitgen.runtime.logging import log_info
 from bitgen.samplers.edits import KINDS
 
 NO_CLASS = "no class"
@@ -113,7 +113,7 @@ def clear(gr: Any, function: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(e, UserError):
             gr.Warning(str(e), title="This does not work", duration=15)
             return gr.skip()
-        say(f"the page failed: {type(e).__name__}: {e}")
+        log_info(f"the page failed: {type(e).__name__}: {e}")
         raise gr.Error("something failed here: the terminal of the page says what") from e
 
     @functools.wraps(function)

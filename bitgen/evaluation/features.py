@@ -18,8 +18,8 @@ from bitgen.evaluation.inception import POOL, SIZE, Inception
 from bitgen.evaluation.resize import resize_bilinear
 from bitgen.evaluation.weights import find_weights, load_inception
 from bitgen.hub import model_directory
-from bitgen.runtime.distributed import gather, own_rows, pad_rows, place
-from bitgen.runtime.mesh import BATCH, batch_sharding, even_batch, replicated
+from bitgen.runtime.distributed import gather, local_rows, pad_rows, place
+from bitgen.runtime.mesh import BATCH, batch_sharding, replicated, round_up_batch
 
 Features = dict[str, np.ndarray]  # pool [n, d], spatial [n, s], logits [n, c], float32
 
@@ -87,7 +87,7 @@ class Extractor:
         how = choose("protocol of evaluation", protocol, PROTOCOLS)
         self.protocol, self.digest = protocol, model_directory.digest(params)
         self.size = how.size  # of the pool features
-        self.rows = even_batch(batch_size, mesh) // jax.process_count()
+        self.rows = round_up_batch(batch_size, mesh) // jax.process_count()
         self._sharding = batch_sharding(mesh)
         self._params = place(params, replicated(mesh))
         self._program = _program(protocol, mesh)
@@ -132,11 +132,11 @@ class Extractor:
     def _fetch_all(self, started: tuple[dict[str, jax.Array], int]) -> Features:
         features, real = started
         mask = gather(np.arange(self.rows) < real)
-        return {name: gather(own_rows(value))[mask] for name, value in features.items()}
+        return {name: gather(local_rows(value))[mask] for name, value in features.items()}
 
     def _fetch(self, started: tuple[dict[str, jax.Array], int]) -> Features:
         features, real = started
-        return {name: own_rows(value)[:real] for name, value in features.items()}
+        return {name: local_rows(value)[:real] for name, value in features.items()}
 
 
 @functools.lru_cache(maxsize=4)  # for every extractor of a protocol one program

@@ -22,11 +22,11 @@ from bitgen.evaluation.precision_recall import precision_recall
 from bitgen.evaluation.statistics import SPLIT, Summary, read_statistics, summarise
 from bitgen.hub import model_directory
 from bitgen.labels import class_names_of, parse_labels
-from bitgen.runtime.distributed import whole
-from bitgen.runtime.logging import say
-from bitgen.runtime.mesh import even_batch, make_mesh, replicated
-from bitgen.runtime.progress import Bar, counted
-from bitgen.runtime.watchdog import Watchdog, watched
+from bitgen.runtime.distributed import fetch_global
+from bitgen.runtime.logging import log_info
+from bitgen.runtime.mesh import make_mesh, replicated, round_up_batch
+from bitgen.runtime.progress import ProgressBar, with_progress
+from bitgen.runtime.watchdog import Watchdog, with_heartbeats
 from bitgen.samplers.images import image_keys, image_sampler, make_plan, prepare
 
 Row = dict[str, Any]
@@ -36,7 +36,7 @@ def compare(sample: Summary, reference: Summary, extractor: Extractor) -> Row:
     """Returns the metrics that the protocol defines and the reference allows, by name."""
     few = [n for n in (sample.count, reference.count) if 0 < n <= extractor.size]
     if few:
-        say(f"{few[0]} images are few for FID: it is comparable only with that of as many")
+        log_info(f"{few[0]} images are few for FID: it is comparable only with that of as many")
     row: Row = {
         "images": sample.count,
         "fid": frechet_distance(sample.pool, reference.pool),
@@ -107,10 +107,10 @@ class GeneratorRun:
         self.stores.append(store)
         first = store.next_index
         if first:
-            say(f"guidance {scale:g}: going on at image {first} of {store.count}")
-        with Bar(f"guidance {scale:g}: measured", store.count, first=first) as bar:
+            log_info(f"guidance {scale:g}: going on at image {first} of {store.count}")
+        with ProgressBar(f"guidance {scale:g}: measured", store.count, first=first) as bar:
             for images in self._images(scale, first):
-                watch.doing(f"guidance {scale:g} after {store.next_index} images", patient=True)
+                watch.report(f"guidance {scale:g} after {store.next_index} images", slow=True)
                 for features in extractor.stream([images]):
                     store.add(features)
                 bar.to(store.next_index)
@@ -138,7 +138,7 @@ class GeneratorRun:
     def _images(self, scale: float, first: int) -> Iterator[np.ndarray]:
         """Yields the images from index `first` on, in batches of one size, the last cut."""
         count, labels = len(self.labels), self.labels
-        size = even_batch(min(self.config.sample.batch_size, count), self.mesh)
+        size = round_up_batch(min(self.config.sample.batch_size, count), self.mesh)
         settings = {**self.config.sampler.to_dict(), "guidance": scale}
         sampler = image_sampler(
             self.generator.module,
@@ -155,7 +155,7 @@ class GeneratorRun:
                 labels[np.minimum(indices, count - 1)],
                 image_keys(self.config.seed, indices),
             )
-            yield whole(images)[: count - start]
+            yield fetch_global(images)[: count - start]
 
 
 def open_generator(config: Any, workdir: Path) -> GeneratorRun:
@@ -176,4 +176,6 @@ def open_generator(config: Any, workdir: Path) -> GeneratorRun:
 def told(features: Iterable[dict], count: int, what: str, watch: Watchdog) -> Iterator[dict]:
     """Passes features on, and tells how many of `count` have come."""
     what = f"measured of {what}:"
-    return counted(watched(features, watch), what, count, lambda batch: len(batch["pool"]))
+    return with_progress(
+        with_heartbeats(features, watch), what, count, lambda batch: len(batch["pool"])
+    )

@@ -20,10 +20,10 @@ from bitgen.evaluation.statistics import Moments, merge_over_hosts
 from bitgen.hub.model_directory import Model
 from bitgen.images.pixels import from_uint8, to_uint8
 from bitgen.losses.lpips import load_lpips, lpips_distance
-from bitgen.runtime.distributed import gather, own_rows, pad_rows, place
-from bitgen.runtime.mesh import BATCH, even_batch, replicated, to_device
-from bitgen.runtime.progress import counted_shares
-from bitgen.runtime.watchdog import Watchdog, watched
+from bitgen.runtime.distributed import gather, local_rows, pad_rows, place
+from bitgen.runtime.mesh import BATCH, replicated, round_up_batch, to_device
+from bitgen.runtime.progress import with_progress_of_shares
+from bitgen.runtime.watchdog import Watchdog, with_heartbeats
 
 # A bit that is set, or is not, in a smaller share of the tokens than this counts as dead.
 RARE = 1e-6
@@ -43,7 +43,7 @@ class Metrics:
 
 
 @dataclass
-class RoundTrip:
+class Reconstructions:
     """What a pass of images through a tokenizer gives."""
 
     values: dict[str, float]  # means over images by name, see `measure_tokenizer`
@@ -53,7 +53,7 @@ class RoundTrip:
     ones: Float[np.ndarray, "s k"]  # how often each bit of each scale is set; no scale: latents
 
 
-def open_metrics(settings: Any, mesh: Mesh) -> Metrics:
+def make_metrics(settings: Any, mesh: Mesh) -> Metrics:
     """Returns the metrics of `settings.protocol`, `.weights` and `.lpips`.
 
     Raises UserError if a file of weights is missing.
@@ -73,7 +73,7 @@ def measure_data(
     watch: Watchdog,
     *,
     show: int = 0,
-) -> RoundTrip:
+) -> Reconstructions:
     """Returns the round trip of a split of `config.data`, at the size of the tokenizer.
 
     `settings` has the `split`, how many `images` at most, evenly spread over it (0: all), and the
@@ -81,11 +81,11 @@ def measure_data(
     """
     source = config_data.copy_and_resolve_references()
     source.image_size = tokenizer.module.image_size
-    rows = even_batch(settings.batch_size, mesh) // jax.process_count()
+    rows = round_up_batch(settings.batch_size, mesh) // jax.process_count()
     batches = read_share(source, settings.split, limit=settings.images, rows=rows)
     places = np.unique(np.arange(show) * batches.num_examples // max(show, 1))
-    told = counted_shares(batches, "reconstructed", batches.num_examples)
-    images = watched(pixels(told), watch)
+    told = with_progress_of_shares(batches, "reconstructed", batches.num_examples)
+    images = with_heartbeats(pixels(told), watch)
     return measure_tokenizer(tokenizer, images, mesh, metrics, rows=rows, show=places)
 
 
@@ -97,7 +97,7 @@ def measure_tokenizer(
     *,
     rows: int,
     show: Int[np.ndarray, " n"],
-) -> RoundTrip:
+) -> Reconstructions:
     """Returns the round trip of images, which come in batches of at most `rows` a process.
 
     Its values: images (how many), psnr, l1, ssim, ms_ssim, lpips, rfid of all, and of bits
@@ -118,16 +118,16 @@ def measure_tokenizer(
         values, made = program(*variables, placed["image"])
         mask = gather(np.arange(rows) < real)
         for name, value in values.items():
-            each.setdefault(name, []).append(gather(own_rows(value))[mask])
+            each.setdefault(name, []).append(gather(local_rows(value))[mask])
         if extractor:
-            own = own_rows(made["reconstruction"])[:real]
+            own = local_rows(made["reconstruction"])[:real]
             for running, part in zip(moments, (images, own), strict=True):
                 running.add(extractor(part)["pool"])
         chosen = np.isin(count + np.arange(mask.sum()), show)
         if chosen.any():
             made = {"original": placed["image"], **made}
             for name, value in made.items():
-                shown.setdefault(name, []).append(gather(own_rows(value))[mask][chosen])
+                shown.setdefault(name, []).append(gather(local_rows(value))[mask][chosen])
         count += int(mask.sum())
     if not count:
         raise UserError("there are no images to reconstruct: look at config.data")
@@ -143,7 +143,7 @@ def measure_tokenizer(
         result["bits_per_image"] = sum(tokens) * tokenizer.module.bits
         result |= bit_usage(np.average(ones, axis=0, weights=tokens))
     pictures = {name: np.concatenate(value) for name, value in shown.items()}
-    return RoundTrip(result, pictures, ones)
+    return Reconstructions(result, pictures, ones)
 
 
 def through(

@@ -7,8 +7,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from bitgen.runtime.logging import say
-from bitgen.runtime.progress import Bar
+from bitgen.runtime.logging import log_info
+from bitgen.runtime.progress import ProgressBar
 
 _CHUNK = 1 << 20
 
@@ -50,8 +50,8 @@ def _fetch(url: str, part: Path, name: str) -> int:
                 start = 0
             length = int(response.headers.get("Content-Length") or 0)
             whole = start + length if length else 0
-            say(f"downloading {name}, {whole / 1e6:.0f} MB" + (", going on" if start else ""))
-            bar = Bar(name, whole or None, unit="B", first=start, lines=False)
+            log_info(f"downloading {name}, {whole / 1e6:.0f} MB" + (", going on" if start else ""))
+            bar = ProgressBar(name, whole or None, unit="B", first=start, lines=False)
             with part.open("ab" if start else "wb") as stream, bar:
                 while chunk := response.read(_CHUNK):
                     stream.write(chunk)

@@ -25,7 +25,7 @@ from bitgen import __version__, build
 from bitgen.errors import UserError, choose
 from bitgen.hub import streaming
 from bitgen.hub.streaming import LazyArray
-from bitgen.runtime.distributed import is_first, on_first, whole
+from bitgen.runtime.distributed import fetch_global, is_first, on_first
 
 FORMAT = 1
 
@@ -210,7 +210,7 @@ def digest(params: Any) -> str:
     """Returns a short hash of names, shapes, dtypes and values; every process must call it."""
     running = streaming.Digest()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        running.add(path, whole(leaf) if isinstance(leaf, jax.Array) else leaf)
+        running.add(path, fetch_global(leaf) if isinstance(leaf, jax.Array) else leaf)
     return running.value()
 
 

@@ -19,7 +19,7 @@ _LAST = 1500  # milliseconds that an animation rests at its end
 def sampling_frames(
     steps: Iterable[tuple[UInt8[np.ndarray, "b S S 3"], Bool[np.ndarray, "b h w"]]], columns: int
 ) -> list[UInt8[np.ndarray, "H W 3"]]:
-    """Returns a picture of each step of `samplers.steps.image_steps`, small images enlarged."""
+    """Returns a picture of each step of `progressive_images`, small images enlarged."""
     frames = []
     for images, _ in steps:
         scale = -(-_CELL // images.shape[1])

@@ -33,13 +33,13 @@ from bitgen.profiling.roofline import (
 )
 from bitgen.runtime import devices
 from bitgen.runtime.distributed import check_single
-from bitgen.runtime.logging import say
+from bitgen.runtime.logging import log_info
 from bitgen.runtime.mesh import (
     batch_sharding,
     check_batch,
-    even_batch,
     make_mesh,
     replicated,
+    round_up_batch,
     to_device,
 )
 from bitgen.runtime.sharding import RULES, tree_shardings
@@ -74,7 +74,7 @@ def run(config: Any, workdir: Path) -> None:
         except _NotHere as e:
             if not every:
                 raise UserError(f"config.benchmark.kind={name}: {e}") from None
-            say(f"{name} left out: {e}")
+            log_info(f"{name} left out: {e}")
             continue
         report["results"][name] = found
     report["peak_bytes"] = peak_memory()  # of the process, where the device counts them
@@ -92,7 +92,7 @@ def _finish(workdir: Path, report: dict[str, Any]) -> None:
     rows = [line for found in report["results"].values() for line in found.get("rows", ())]
     if rows:
         print(format_table(rows))
-    say(f"wrote {workdir / 'benchmark.json'}")
+    log_info(f"wrote {workdir / 'benchmark.json'}")
 
 
 # ---------------------------------------------------------------------- memory
@@ -103,28 +103,28 @@ def _memory(config: Any) -> dict[str, Any]:
     settings = config.benchmark
     count = settings.devices or jax.device_count()
     if settings.device:
-        name, limit = settings.device, devices.named(settings.device).memory
+        name, limit = settings.device, devices.by_name(settings.device).memory
     else:
         name, limit = jax.devices()[0].device_kind, devices.memory_of(jax.devices()[0])
     parts = memory_estimate.estimate(config, count)
     found: dict[str, Any] = {"device": name, "devices": count, "bytes": parts}
-    say(f"memory, by shapes: {memory_estimate.format_parts(parts)}")
+    log_info(f"memory, by shapes: {memory_estimate.format_parts(parts)}")
     if limit is None:
-        say(f"nothing is known of the memory of {name}: set config.benchmark.device")
+        log_info(f"nothing is known of the memory of {name}: set config.benchmark.device")
         return found
     found |= {"memory": limit, "fits": memory_estimate.fits(parts, limit)}
     what = f"{count} x {name} with {limit / devices.GIB:.0f} GiB"
     if found["fits"]:
-        say(f"it fits {what}")
+        log_info(f"it fits {what}")
         return found
     advice = memory_estimate.advise(config, count, limit)
     if advice is None:
-        say(f"it does not fit {what}, nor 64 times as many: lower config.train.batch_size")
+        log_info(f"it does not fit {what}, nor 64 times as many: lower config.train.batch_size")
         return found
     found["advice"] = {"changes": advice.changes, "devices": advice.devices, "bytes": advice.parts}
     more = "" if advice.devices == count else f" on {advice.devices} devices"
     total = sum(advice.parts.values()) / devices.GIB
-    say(f"it does not fit {what}; {' '.join(advice.changes)}{more} takes {total:.1f} GiB")
+    log_info(f"it does not fit {what}; {' '.join(advice.changes)}{more} takes {total:.1f} GiB")
     return found
 
 
@@ -135,7 +135,7 @@ def _train(config: Any) -> dict[str, Any]:
     mesh, count = make_mesh(**config.mesh), jax.device_count()
     traced, arguments = traced_step(config, mesh)
     program = compile_program(traced, count)
-    say(f"compiled the training step in {program.compile_seconds:.1f} s")
+    log_info(f"compiled the training step in {program.compile_seconds:.1f} s")
     state, frozen, batch = arguments
     shardings = jax.tree.map(lambda s: s.sharding, (state, frozen))
     state, frozen = random_values((state, frozen), shardings)
@@ -207,14 +207,14 @@ def _random_batch(config: Any, shapes: dict[str, Any]) -> dict[str, np.ndarray]:
 def _peaks(dtype: str) -> Peaks:
     peaks = measure_peaks(build.DTYPES[dtype])
     flops, bandwidth = f"{peaks.flops / 1e12:.3g} TFLOP/s", f"{peaks.bandwidth / 1e9:.3g} GB/s"
-    say(f"measured of a device: {dtype} products {flops}, memory {bandwidth}")
+    log_info(f"measured of a device: {dtype} products {flops}, memory {bandwidth}")
     return peaks
 
 
 # -------------------------------------------------------------------- tokenizer
 def _tokenizer(config: Any) -> dict[str, Any]:
     module, mesh = module_of(config, "tokenizer"), make_mesh(**config.mesh)
-    size, everywhere = even_batch(config.tokenize.batch_size, mesh), replicated(mesh)
+    size, everywhere = round_up_batch(config.tokenize.batch_size, mesh), replicated(mesh)
     shapes = build.param_shapes(module)
     params = random_values(shapes, jax.tree.map(lambda _: everywhere, shapes))
     side = module.image_size
@@ -263,7 +263,7 @@ def _sample(config: Any) -> dict[str, Any]:
     rows = []
     for batch in batches:
         mesh = make_mesh(devices=jax.devices()[:1]) if batch == 1 else make_mesh(**config.mesh)
-        size = even_batch(batch, mesh)
+        size = round_up_batch(batch, mesh)
         generator, traced, shapes = traced_sampler(config, mesh, size)
         program = compile_program(traced, mesh.size)
         params = random_values(shapes, jax.tree.map(lambda s: s.sharding, shapes))
@@ -315,9 +315,11 @@ def _compile(config: Any) -> dict[str, Any]:
     if config.train.task:
         programs["training step"] = lambda: traced_step(config, mesh)[0]
     else:
-        size = even_batch(config.sample.batch_size, mesh)
+        size = round_up_batch(config.sample.batch_size, mesh)
         programs[f"sample {size} images"] = lambda: traced_sampler(config, mesh, size)[1]
-    rows = [compile_report.compile_row(what, make(), mesh) for what, make in programs.items()]
+    rows = [
+        compile_report.compile_report_row(what, make(), mesh) for what, make in programs.items()
+    ]
     return {"topology": config.benchmark.topology, "rows": rows}
 
 

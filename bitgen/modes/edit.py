@@ -23,7 +23,7 @@ from bitgen.images import editing, grids
 from bitgen.images.crops import center_crop
 from bitgen.images.files import write_png
 from bitgen.runtime.distributed import check_single
-from bitgen.runtime.logging import say
+from bitgen.runtime.logging import log_info
 from bitgen.runtime.mesh import make_mesh, replicated
 from bitgen.samplers.edits import KINDS, Cell, Source, check_settings, perform, read_source
 
@@ -71,7 +71,7 @@ def run(config: Any, workdir: Path) -> None:
     if jax.process_index() == 0:
         write(workdir, drawn.inputs, images, blended, report)
     counts = f"{report['tokens_drawn']} tokens drawn a variant, the grid has {report['tokens']}"
-    say(f"wrote {workdir / 'edit.png'}: {len(images)} images, {counts}")
+    log_info(f"wrote {workdir / 'edit.png'}: {len(images)} images, {counts}")
 
 
 def blend_view(

@@ -14,17 +14,17 @@ from bitgen.errors import UserError, choose
 from bitgen.evaluation import comparison, generation, probe
 from bitgen.evaluation.features import PROTOCOLS, make_extractor
 from bitgen.evaluation.image_sets import read_images, read_share
-from bitgen.evaluation.reconstruction import measure_data, open_metrics
+from bitgen.evaluation.reconstruction import make_metrics, measure_data
 from bitgen.evaluation.statistics import write_statistics
 from bitgen.hub import model_directory
 from bitgen.images.files import write_png
 from bitgen.images.plots import curves, plot
 from bitgen.labels import parse_labels
 from bitgen.runtime.distributed import check_mesh, is_first
-from bitgen.runtime.logging import say
-from bitgen.runtime.mesh import even_batch, make_mesh, replicated
-from bitgen.runtime.progress import counted_shares
-from bitgen.runtime.watchdog import Watchdog, guard, watched
+from bitgen.runtime.logging import log_info
+from bitgen.runtime.mesh import make_mesh, replicated, round_up_batch
+from bitgen.runtime.progress import with_progress_of_shares
+from bitgen.runtime.watchdog import Watchdog, guard, with_heartbeats
 
 Rows = list[dict[str, Any]]
 
@@ -38,7 +38,7 @@ def run(config: Any, workdir: Path) -> None:
     kind = choose("kind of evaluation", config.evaluate.kind, KINDS)
     check_mesh(make_mesh(**config.mesh))
     with guard(workdir, "evaluate", config.train.stuck_after) as watch:
-        watch.doing(f"evaluating: {config.evaluate.kind}", patient=True)
+        watch.report(f"evaluating: {config.evaluate.kind}", slow=True)
         kind(config, workdir, watch)
 
 
@@ -50,7 +50,7 @@ def _finish(workdir: Path, kind: str, report: dict[str, Any]) -> None:
     temporary.write_text(json.dumps(report, indent=2) + "\n")
     os.replace(temporary, workdir / "evaluation.json")
     print(format_table(report["results"]))
-    say(f"wrote {workdir / 'evaluation.json'}")
+    log_info(f"wrote {workdir / 'evaluation.json'}")
 
 
 def _generation(config: Any, workdir: Path, watch: Watchdog) -> None:
@@ -68,7 +68,7 @@ def _generation(config: Any, workdir: Path, watch: Watchdog) -> None:
         path = workdir / settings.save_reference
         if is_first():
             write_statistics(path, reference, extractor.protocol, extractor.digest)
-        say(f"wrote {path}: statistics of {reference.count} images")
+        log_info(f"wrote {path}: statistics of {reference.count} images")
     rows: Rows = []
     if images is not None:
         sample = generation.measure_images(settings.samples, *images, extractor, watch)
@@ -115,7 +115,7 @@ def _reconstruction(config: Any, workdir: Path, watch: Watchdog) -> None:
     settings, mesh = config.evaluate, make_mesh(**config.mesh)
     path = config.tokenizer or workdir / "model"
     tokenizer = model_directory.load(path, "tokenizer", replicated(mesh))
-    metrics = open_metrics(settings, mesh)
+    metrics = make_metrics(settings, mesh)
     found = measure_data(tokenizer, config.data, settings, mesh, metrics, watch).values
     report = {
         "protocol": settings.protocol,
@@ -133,7 +133,7 @@ def _comparison(config: Any, workdir: Path, watch: Watchdog) -> None:
     """Several tokenizers on the same images: table, page, and curves of those trained here."""
     settings, mesh = config.evaluate, make_mesh(**config.mesh)
     paths = comparison.parse_tokenizers(settings.tokenizers)
-    metrics = open_metrics(settings, mesh)
+    metrics = make_metrics(settings, mesh)
     results, shown, originals = [], [], np.empty(0)
     for name, path in paths.items():
         tokenizer = model_directory.load(path, "tokenizer", replicated(mesh))
@@ -144,7 +144,7 @@ def _comparison(config: Any, workdir: Path, watch: Watchdog) -> None:
         )
         originals = originals if shown else found.shown["original"]
         shown.append((comparison.caption(name, results[-1]), found.shown["reconstruction"]))
-        say(shown[-1][0])
+        log_info(shown[-1][0])
     lines = {name: comparison.validation_curve(path) for name, path in paths.items()}
     lines = {name: points for name, points in lines.items() if points}
     if is_first():
@@ -179,15 +179,15 @@ def _probe(config: Any, workdir: Path, watch: Watchdog) -> None:
     program = probe.layer_features(
         generator.module, tokenizer and tokenizer.module, mesh, layers, packed=packed
     )
-    rows = even_batch(settings.batch_size, mesh) // jax.process_count()
+    rows = round_up_batch(settings.batch_size, mesh) // jax.process_count()
     sets, num_classes = [], 0
     for split in ("train", "test"):
         batches = read_share(source, split, limit=settings.images, rows=rows)
         params = (generator.params, tokenizer and tokenizer.params)
-        told = counted_shares(batches, f"features of {split!r}:", batches.num_examples)
-        sets.append(probe.collect(program, params, watched(told, watch), rows))
+        told = with_progress_of_shares(batches, f"features of {split!r}:", batches.num_examples)
+        sets.append(probe.collect(program, params, with_heartbeats(told, watch), rows))
         num_classes = batches.num_classes
-        say(f"features of {len(sets[-1][1])} images of split {split!r}")
+        log_info(f"features of {len(sets[-1][1])} images of split {split!r}")
     train, test = sets
     accuracies = probe.accuracy_by_layer(
         train, test, num_classes, l2=settings.probe_l2, steps=settings.probe_steps

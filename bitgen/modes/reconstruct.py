@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bitgen.evaluation.reconstruction import bit_bars, measure_data, open_metrics
+from bitgen.evaluation.reconstruction import bit_bars, make_metrics, measure_data
 from bitgen.hub import model_directory
 from bitgen.images.files import write_png
 from bitgen.images.grids import bit_planes, paired_grid
 from bitgen.images.plots import bars
 from bitgen.runtime.distributed import check_mesh, is_first
-from bitgen.runtime.logging import say
+from bitgen.runtime.logging import log_info
 from bitgen.runtime.mesh import make_mesh, replicated
 from bitgen.runtime.watchdog import guard
 
@@ -35,17 +35,17 @@ def run(config: Any, workdir: Path) -> None:
     settings, mesh = config.reconstruct, make_mesh(**config.mesh)
     check_mesh(mesh)
     with guard(workdir, "reconstruct", config.train.stuck_after) as watch:
-        watch.doing("loading the tokenizer", patient=True)
+        watch.report("loading the tokenizer", slow=True)
         path = config.tokenizer or workdir / "model"
         tokenizer = model_directory.load(path, "tokenizer", replicated(mesh))
-        metrics, show = open_metrics(settings, mesh), _ROWS * settings.columns
+        metrics, show = make_metrics(settings, mesh), _ROWS * settings.columns
         found = measure_data(tokenizer, config.data, settings, mesh, metrics, watch, show=show)
         if is_first():
             _write(workdir, settings, tokenizer, metrics, found)
     words = [
         text.format(found.values[name]) for name, text in _WORDS.items() if name in found.values
     ]
-    say(
+    log_info(
         f"{found.values['images']} images of split {settings.split!r}: {', '.join(words)}; "
         f"{workdir / 'reconstructions.png'}"
     )

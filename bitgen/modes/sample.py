@@ -10,13 +10,13 @@ from bitgen.hub import model_directory
 from bitgen.images import animation
 from bitgen.images.output import make_output
 from bitgen.labels import class_names_of, parse_labels
-from bitgen.runtime.distributed import check_mesh, check_single, whole
-from bitgen.runtime.logging import say
-from bitgen.runtime.mesh import even_batch, make_mesh, replicated
-from bitgen.runtime.progress import Bar
+from bitgen.runtime.distributed import check_mesh, check_single, fetch_global
+from bitgen.runtime.logging import log_info
+from bitgen.runtime.mesh import make_mesh, replicated, round_up_batch
+from bitgen.runtime.progress import ProgressBar
 from bitgen.runtime.watchdog import Watchdog, guard
 from bitgen.samplers.images import image_keys, image_sampler, make_plan, prepare
-from bitgen.samplers.progressive import image_steps
+from bitgen.samplers.progressive import progressive_images
 
 _ANIMATED = 16  # images
 
@@ -40,7 +40,7 @@ def _run(config: Any, workdir: Path, watch: Watchdog) -> None:
     if settings.animation:
         check_single("config.sample.animation")
         animation.check_animation(Path(settings.animation))
-    watch.doing("loading models", patient=True)
+    watch.report("loading models", slow=True)
     everywhere = replicated(mesh)
     generator, tokenizer = model_directory.load_pair(config, workdir, everywhere)
     names = class_names_of(generator.info)
@@ -70,12 +70,12 @@ def _run(config: Any, workdir: Path, watch: Watchdog) -> None:
     sampler = image_sampler(generator.module, tokenizer.module, plan, mesh, settings.decode_batch)
     params = prepare(generator.module, generator.params)
     first = output.next_index
-    size = even_batch(min(settings.batch_size, len(labels)), mesh)
+    size = round_up_batch(min(settings.batch_size, len(labels)), mesh)
     if first:
-        say(f"going on at image {first} of {len(labels)}")
-    with Bar("sampled", len(labels), first=first) as bar:
+        log_info(f"going on at image {first} of {len(labels)}")
+    with ProgressBar("sampled", len(labels), first=first) as bar:
         for start in range(first, len(labels), size):
-            watch.doing(f"sampling from image {start} on", patient=True)
+            watch.report(f"sampling from image {start} on", slow=True)
             indices = np.arange(start, start + size)
             batch = sampler(
                 params,
@@ -83,14 +83,16 @@ def _run(config: Any, workdir: Path, watch: Watchdog) -> None:
                 labels[np.minimum(indices, len(labels) - 1)],
                 image_keys(config.seed, indices),
             )
-            output.add(whole(batch)[: len(labels) - start])
+            output.add(fetch_global(batch)[: len(labels) - start])
             bar.to(output.next_index)
-    watch.doing("completing the output", patient=True)
-    say(output.finish())
+    watch.report("completing the output", slow=True)
+    log_info(output.finish())
     if settings.animation:
         one, other = ((model.module, model.params) for model in (generator, tokenizer))
         shown = labels[:_ANIMATED]
         keys = image_keys(config.seed, np.arange(len(shown)))
-        frames = animation.sampling_frames(image_steps(one, other, shown, keys, plan), 8)
+        frames = animation.sampling_frames(progressive_images(one, other, shown, keys, plan), 8)
         animation.write_animation(workdir / settings.animation, frames)
-        say(f"wrote {workdir / settings.animation}: {len(frames)} steps of {len(shown)} images")
+        log_info(
+            f"wrote {workdir / settings.animation}: {len(frames)} steps of {len(shown)} images"
+        )

@@ -12,10 +12,10 @@ from bitgen import data
 from bitgen.data.packed import PackedWriter, pack_bits
 from bitgen.hub import model_directory
 from bitgen.images.pixels import from_uint8
-from bitgen.runtime.distributed import check_mesh, gather, on_first, own_rows, pad_rows
-from bitgen.runtime.logging import say
-from bitgen.runtime.mesh import BATCH, even_batch, make_mesh, replicated, to_device
-from bitgen.runtime.progress import Bar
+from bitgen.runtime.distributed import check_mesh, gather, local_rows, on_first, pad_rows
+from bitgen.runtime.logging import log_info
+from bitgen.runtime.mesh import BATCH, make_mesh, replicated, round_up_batch, to_device
+from bitgen.runtime.progress import ProgressBar
 from bitgen.runtime.watchdog import Watchdog, guard
 
 
@@ -28,12 +28,12 @@ def run(config: Any, workdir: Path) -> None:
 def _run(config: Any, workdir: Path, watch: Watchdog) -> None:
     settings, mesh = config.tokenize, make_mesh(**config.mesh)
     check_mesh(mesh)
-    watch.doing("loading the tokenizer", patient=True)
+    watch.report("loading the tokenizer", slow=True)
     tokenizer = model_directory.load(config.tokenizer, "tokenizer", replicated(mesh))
     model_directory.check_bits(tokenizer.module, tokenizer.path)
     source = config.data.copy_and_resolve_references()
     source.split, source.image_size = settings.split, tokenizer.module.image_size
-    size = even_batch(settings.batch_size, mesh)
+    size = round_up_batch(settings.batch_size, mesh)
     places = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     batches = data.make_batches(source, batch_size=size, seed=config.seed, training=False, **places)
     module, total = tokenizer.module, batches.num_examples
@@ -66,18 +66,18 @@ def _run(config: Any, workdir: Path, watch: Watchdog) -> None:
         jax.shard_map(encode, mesh=mesh, in_specs=(P(), BATCH), out_specs=BATCH, check_vma=False)
     )
     if begin:
-        say(f"{workdir / 'bits'} goes on at image {begin} of {total}")
+        log_info(f"{workdir / 'bits'} goes on at image {begin} of {total}")
         batches.close()
         batches = data.make_batches(
             source, batch_size=size, seed=config.seed, training=False, start=begin, **places
         )
     rows = size // jax.process_count()
-    with Bar("tokenized", total, first=begin) as bar:
+    with ProgressBar("tokenized", total, first=begin) as bar:
         for batch in batches:
-            watch.doing(f"encoding after {bar.done} images", patient=bar.done == begin)
+            watch.report(f"encoding after {bar.done} images", slow=bar.done == begin)
             images = batch["image"]
             placed = to_device({"image": pad_rows(images, rows)}, mesh)
-            packed = gather(own_rows(program(tokenizer.params, placed["image"])))
+            packed = gather(local_rows(program(tokenizer.params, placed["image"])))
             real = gather(np.arange(rows) < len(images))
             label, index = (
                 gather(pad_rows(batch[name], rows))[real] for name in ("label", "index")
@@ -85,7 +85,7 @@ def _run(config: Any, workdir: Path, watch: Watchdog) -> None:
             if writer:
                 writer[0].add(packed[real], label, index)
             bar.add(len(index))
-    watch.doing("completing the bits", patient=True)
+    watch.report("completing the bits", slow=True)
     broken = int(gather(np.asarray([batches.counts()["broken"]])).sum())
     on_first(lambda: writer[0].finish(broken))
-    say(f"wrote {workdir / 'bits'}: {total} images, {settings.views} view(s) each")
+    log_info(f"wrote {workdir / 'bits'}: {total} images, {settings.views} view(s) each")

@@ -18,8 +18,8 @@ from bitgen.profiling.flops import count_flops
 from bitgen.profiling.memory_estimate import format_parts, resident
 from bitgen.profiling.roofline import compiled_bytes
 from bitgen.runtime.devices import GIB
-from bitgen.runtime.distributed import check_mesh, gather, meet, on_first, place
-from bitgen.runtime.logging import say
+from bitgen.runtime.distributed import barrier, check_mesh, gather, on_first, place
+from bitgen.runtime.logging import log_info
 from bitgen.runtime.mesh import check_batch, make_mesh, to_device
 from bitgen.runtime.sharding import RULES, tree_shardings
 from bitgen.runtime.stop import StopSignal
@@ -28,7 +28,7 @@ from bitgen.training import fid as scheduled
 from bitgen.training.checkpoint import Checkpoints
 from bitgen.training.generator_task import GeneratorTask
 from bitgen.training.metrics import Progress, RunLog, merged
-from bitgen.training.state import TrainState, born_sharded, step_program
+from bitgen.training.state import TrainState, init_sharded, step_program
 from bitgen.training.tokenizer_task import TokenizerTask
 from bitgen.training.validation import Validation
 
@@ -69,11 +69,11 @@ def _run(config: Any, workdir: Path, watch: Watchdog, stack: contextlib.ExitStac
     info = {**task.info, "class_names": list(batches.class_names)}
 
     # ------------------------------------------------------------------- state
-    checkpoints = Checkpoints(workdir, config.to_dict(), settings.keep)
+    checkpoints = Checkpoints(workdir, config.to_dict(), settings.max_to_keep)
     stack.callback(checkpoints.close)
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
-    say(f"memory without a step's own: {format_parts(resident(task, mesh))}")
-    state, shardings = born_sharded(task.init, init_key, RULES[config.model.family], mesh)
+    log_info(f"memory without a step's own: {format_parts(resident(task, mesh))}")
+    state, shardings = init_sharded(task.init, init_key, RULES[config.model.family], mesh)
     frozen = task.frozen()
     frozen = place(frozen, tree_shardings(frozen, (), mesh))
     step = 0
@@ -81,13 +81,13 @@ def _run(config: Any, workdir: Path, watch: Watchdog, stack: contextlib.ExitStac
         state, position = checkpoints.restore(state)
         batches.set_state(position)
         step = int(state.step)
-        say(f"resuming {workdir} at step {step}")
+        log_info(f"resuming {workdir} at step {step}")
     elif config.init_from:
         state = task.start_from(state, model_directory.load(config.init_from, settings.task))
-        say(f"starting from {config.init_from}")
+        log_info(f"starting from {config.init_from}")
     feed = Feed(batches, mesh, settings.preview_images if settings.preview_every else 0)
     size = sum(leaf.size for leaf in jax.tree.leaves(state.params["model"]))
-    say(f"training {config.model.family}: {size / 1e6:.1f} M parameters, {mesh.size} devices")
+    log_info(f"training {config.model.family}: {size / 1e6:.1f} M parameters, {mesh.size} devices")
 
     scheduled_fid = None
     if extractor is not None and step < last:
@@ -120,25 +120,25 @@ def _run(config: Any, workdir: Path, watch: Watchdog, stack: contextlib.ExitStac
     progress, leaving = None, step >= last
     while not leaving:
         waiting = time.monotonic()
-        watch.doing(f"waiting for the data of step {step + 1}")
+        watch.report(f"waiting for the data of step {step + 1}")
         batch = stop.mark(feed.next(), mesh)
         waited = time.monotonic() - waiting
         stage = task.stage(step)
         if stage not in compiled:
             started = time.monotonic()
-            watch.doing("compiling the training step", patient=True)
+            watch.report("compiling the training step", slow=True)
             traced = program.trace(state, frozen, batch, stage)
             compiled[stage] = traced.lower().compile()
             size = compiled_bytes(compiled[stage]) / GIB
             took = f"{time.monotonic() - started:.1f} s"
-            watch.doing("waiting until all have compiled", patient=True)
-            meet(f"compiled at step {step}")
-            say(f"compiled the training step in {took}: {size:.3g} GiB a device in all")
+            watch.report("waiting until all have compiled", slow=True)
+            barrier(f"compiled at step {step}")
+            log_info(f"compiled the training step in {took}: {size:.3g} GiB a device in all")
             progress = Progress(step, last, batch_size, count_flops(traced.jaxpr))
         assert progress is not None
         if stop.before_a_step(nothing_new=step == record.saved):
             break
-        watch.doing(f"step {step + 1}")
+        watch.report(f"step {step + 1}")
         state, metrics = compiled[stage](state, frozen, batch)
         step += 1
         progress.waited += waited
@@ -148,15 +148,17 @@ def _run(config: Any, workdir: Path, watch: Watchdog, stack: contextlib.ExitStac
     # ------------------------------------------------------------------ the end
     checkpoints.wait()
     if stop.received and record.saved:
-        say(f"stopped by a signal: saved step {record.saved}, the same command goes on from there")
+        log_info(
+            f"stopped by a signal: saved step {record.saved}, the same command goes on from there"
+        )
     elif stop.received:
-        say("stopped by a signal before the first step: the same command begins again")
+        log_info("stopped by a signal before the first step: the same command begins again")
     elif not compiled:
         if _exported(workdir) != step:  # killed between the last checkpoint and its model
             record.export(step, state)
-        say(f"nothing to do: {workdir} is at step {step} of {last}")
+        log_info(f"nothing to do: {workdir} is at step {step} of {last}")
     else:
-        say(f"done: {workdir / 'model'} is the averaged model after {step} steps")
+        log_info(f"done: {workdir / 'model'} is the averaged model after {step} steps")
 
 
 @dataclasses.dataclass
@@ -215,7 +217,7 @@ class Record:
         if saving or step % settings.log_every == 0:
             self._numbers(step, progress)
         working = time.monotonic()
-        self.watch.doing(f"drawing and saving step {step}", patient=True)
+        self.watch.report(f"drawing and saving step {step}", slow=True)
         if settings.preview_every and (leaving or step % settings.preview_every == 0):
             rows = self.feed.first or {}
             for name, picture in self.task.preview(state, rows).items():
@@ -240,7 +242,9 @@ class Record:
     def _validate(self, step: int, state: TrainState) -> None:
         found = self.validate(state.ema)
         parts = [f"{name} {value:.4g}" for name, value in found.items() if name != "val_examples"]
-        say(f"step {step}  {', '.join(parts)} of {found['val_examples']:.0f} held-out examples")
+        log_info(
+            f"step {step}  {', '.join(parts)} of {found['val_examples']:.0f} held-out examples"
+        )
         self.log.scalars(step, found)
 
     def _distance(self, step: int, state: TrainState) -> None:
@@ -249,17 +253,17 @@ class Record:
         found = self.fid.measure(state.ema)
         value, seconds = found[self.fid.name], time.monotonic() - started
         images = f"{found['fid_images']:.0f} images in {seconds:.1f} s"
-        say(f"step {step}  {self.fid.name} {value:.4g} of {images}")
+        log_info(f"step {step}  {self.fid.name} {value:.4g} of {images}")
         self.log.scalars(step, found)
 
     def _numbers(self, step: int, progress: Progress) -> None:
         for i, metrics in enumerate(self.pending, start=step + 1 - len(self.pending)):
-            self.watch.doing(f"step {i}")  # the devices are behind this thread
+            self.watch.report(f"step {i}")  # the devices are behind this thread
             jax.block_until_ready(metrics)
         metrics = _finite(jax.device_get(self.pending), step, self.workdir, self.saved)
         self.pending = []
         line, speed = progress.report(step, float(metrics["loss"]))
-        say(line)
+        log_info(line)
         counts = _counts(self.feed.batches)
         self.log.scalars(step, {**self.task.summarise(metrics), **speed, **counts})
 

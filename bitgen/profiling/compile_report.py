@@ -14,8 +14,8 @@ from jax.experimental import topologies
 from bitgen.errors import UserError, first_line
 from bitgen.profiling.flops import count_bytes, count_flops
 from bitgen.profiling.roofline import compiled_bytes
-from bitgen.runtime.devices import GIB, named, of_kind
-from bitgen.runtime.logging import say
+from bitgen.runtime.devices import GIB, by_kind, by_name
+from bitgen.runtime.logging import log_info
 
 # What the compiler asks about GPUs besides memory and bandwidth, from the makers' pages: compute
 # capability, multiprocessors, 32-bit lanes of one, KiB of its shared memory, MiB of cache, GHz.
@@ -71,7 +71,7 @@ def _cpus(count: int) -> list[Any]:
 
 
 def _gpus(topology: str, name: str, count: int) -> list[Any]:
-    card = named(name)
+    card = by_name(name)
     major, cores, lanes, shared, cache, clock = _GPUS[name]
     target = f"""
         gpu_device_info {{
@@ -102,14 +102,14 @@ def _gpus(topology: str, name: str, count: int) -> list[Any]:
     return list(found.devices)
 
 
-def compile_row(what: str, traced: Any, mesh: Any) -> dict[str, Any]:
+def compile_report_row(what: str, traced: Any, mesh: Any) -> dict[str, Any]:
     """Returns what the compiler says of a traced program: whether it fits, memory, collectives.
 
     And, on each device, the kernels that it starts, the GB that products and other kernels move,
     and the time that the maker's peaks leave it at least.
     """
     device = mesh.devices.flat[0]
-    known = of_kind(device.device_kind)
+    known = by_kind(device.device_kind)
     # The compiler picks these kernels by trying them, and may find none where it cannot.
     absent = device.platform == "gpu" and device not in jax.devices()
     options = {"xla_gpu_enable_triton_gemm": False} if absent else {}
@@ -120,7 +120,7 @@ def compile_row(what: str, traced: Any, mesh: Any) -> dict[str, Any]:
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
-        say(f"{what}: {first_line(e)}")
+        log_info(f"{what}: {first_line(e)}")
     row["compile_s"] = round(time.monotonic() - started, 1)
     if compiled is None:
         return {**row, "compiles": "no", "gib_a_device": 0.0, "collectives": "none"}
@@ -128,7 +128,7 @@ def compile_row(what: str, traced: Any, mesh: Any) -> dict[str, Any]:
     row["compiles"] = "no" if known and size > known.memory else "yes"
     row["gib_a_device"] = size / GIB
     text = compiled.as_text()
-    moved = traffic_of(text)
+    moved = kernel_stats(text)
     row["kernels"] = moved.kernels
     row |= {"products_gb": moved.products / 1e9, "others_gb": moved.others / 1e9}
     calls = collections.Counter(_COLLECTIVES.findall(text))
@@ -161,21 +161,21 @@ _PRODUCTS = {"dot", "convolution", "custom-call"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Traffic:
+class KernelStats:
     """What a program does on one device; loops as often as they run, if that is known."""
 
     kernels: int = 0
     products: int = 0  # bytes of matrix products, convolutions and library calls
     others: int = 0  # bytes of all else
 
-    def __add__(self, other: "Traffic") -> "Traffic":
-        return Traffic(*map(sum, zip(_values(self), _values(other), strict=True)))
+    def __add__(self, other: "KernelStats") -> "KernelStats":
+        return KernelStats(*map(sum, zip(_values(self), _values(other), strict=True)))
 
-    def __mul__(self, times: int) -> "Traffic":
-        return Traffic(*(times * value for value in _values(self)))
+    def __mul__(self, times: int) -> "KernelStats":
+        return KernelStats(*(times * value for value in _values(self)))
 
 
-def _values(traffic: Traffic) -> tuple[int, ...]:
+def _values(traffic: KernelStats) -> tuple[int, ...]:
     return dataclasses.astuple(traffic)
 
 
@@ -194,7 +194,7 @@ class _Instruction:
         return found.group(1) if found else ""
 
 
-def traffic_of(text: str) -> Traffic:
+def kernel_stats(text: str) -> KernelStats:
     """Returns the traffic of a compiled program, given as `compiled.as_text()`."""
     computations, entry = _parse(text)
     return _of_computation(entry, computations)
@@ -225,8 +225,8 @@ def _in_brackets(rest: str) -> str:
     return rest
 
 
-def _of_computation(name: str, computations: dict[str, list[_Instruction]]) -> Traffic:
-    total, shapes = Traffic(), {one.name: one.shape for one in computations.get(name, ())}
+def _of_computation(name: str, computations: dict[str, list[_Instruction]]) -> KernelStats:
+    total, shapes = KernelStats(), {one.name: one.shape for one in computations.get(name, ())}
     for one in computations.get(name, ()):
         if one.op in _NO_KERNELS:
             continue
@@ -239,7 +239,7 @@ def _of_computation(name: str, computations: dict[str, list[_Instruction]]) -> T
         elif one.op == "conditional":
             branches = re.findall(r"%([\w.\-]+)", one.text.split("branch_computations=")[-1])
             ran = [_of_computation(b, computations) for b in branches if b in computations]
-            total += max(ran, key=lambda t: sum(_values(t)), default=Traffic())
+            total += max(ran, key=lambda t: sum(_values(t)), default=KernelStats())
         else:
             inner = computations.get(one.called("calls"), []) if one.op == "fusion" else []
             if inner:
@@ -249,7 +249,7 @@ def _of_computation(name: str, computations: dict[str, list[_Instruction]]) -> T
                 made = _WORKSPACE.sub("", one.shape) if one.op == "custom-call" else one.shape
                 moved = sum(map(_bytes, (made, *(shapes.get(x, "") for x in one.operands))))
             product = one.op in _PRODUCTS or any(x.op in _PRODUCTS for x in inner)
-            total += Traffic(1, moved, 0) if product else Traffic(1, 0, moved)
+            total += KernelStats(1, moved, 0) if product else KernelStats(1, 0, moved)
     return total
 
 

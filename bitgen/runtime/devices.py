@@ -35,7 +35,7 @@ DEVICES = {
 }
 
 
-def named(name: str) -> Device:
+def by_name(name: str) -> Device:
     """Returns a device by name in any case; raises UserError with the names if there is none."""
     for known, device in DEVICES.items():
         if known.lower() == name.lower():
@@ -43,7 +43,7 @@ def named(name: str) -> Device:
     raise UserError(f"unknown device {name!r}, have {sorted(DEVICES)}")
 
 
-def of_kind(kind: str) -> Device | None:
+def by_kind(kind: str) -> Device | None:
     """Returns what a device of jax is, by its `device_kind`; the longest beginning counts."""
     found = [
         (len(begin), device)
@@ -57,5 +57,5 @@ def of_kind(kind: str) -> Device | None:
 def memory_of(device: Any) -> int | None:
     """Returns the bytes that a device of jax has for arrays, if anyone knows."""
     stats = device.memory_stats() or {}
-    known = of_kind(device.device_kind)
+    known = by_kind(device.device_kind)
     return stats.get("bytes_limit") or (known.memory if known else None)

@@ -235,7 +235,7 @@ def on_first(function: Callable[[], T]) -> T:
     return found["value"]
 
 
-def meet(where: str) -> None:
+def barrier(where: str) -> None:
     """Returns when every process has come here, which each does once by that name.
 
     On CPUs the first collective of some devices fails if one of them is half a minute late.
@@ -276,7 +276,7 @@ def place(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(one, tree, shardings)
 
 
-def whole(array: jax.Array) -> np.ndarray:
+def fetch_global(array: jax.Array) -> np.ndarray:
     """Returns all of an array on every process; every process must call it."""
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
@@ -351,7 +351,7 @@ def pad_rows(rows: np.ndarray, count: int) -> np.ndarray:
     return padded
 
 
-def own_rows(value: jax.Array) -> np.ndarray:
+def local_rows(value: jax.Array) -> np.ndarray:
     """Returns the rows of a batch that are on this process's devices, in order."""
     if value.is_fully_addressable:
         return np.asarray(value)

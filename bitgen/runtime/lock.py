@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bitgen.errors import UserError
-from bitgen.runtime.logging import say
+from bitgen.runtime.logging import log_info
 
 SILENT = 60.0  # seconds without a touch after which a holder on another machine is gone
 
@@ -118,14 +118,14 @@ def acquire(
         holder = Process(*known)
         runs = holder.runs() if isinstance(holder.pid, int) else None
         if runs is None:
-            say(f"{path} is of {holder}: looking for a sign of life for {silent:.0f} s")
+            log_info(f"{path} is of {holder}: looking for a sign of life for {silent:.0f} s")
             runs = _touches(path, touched, silent, clock, sleep)
         if runs:
             raise UserError(
                 f"{path.parent} is in use: {holder} runs there since {held.get('since')}; choose "
                 "another --workdir or end that run first"
             )
-        say(f"{path.name}: {holder} left it behind and is gone, taking over")
+        log_info(f"{path.name}: {holder} left it behind and is gone, taking over")
         _remove(path, held)
     return Lock(path, token)
 

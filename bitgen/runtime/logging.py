@@ -8,7 +8,7 @@ import jax
 from tqdm import tqdm
 
 
-def say(message: str) -> None:
+def log_info(message: str) -> None:
     """Prints one line to standard error on the first process, above a bar that may be there."""
     if jax.process_index() == 0:
         with tqdm.external_write_mode(file=sys.stderr):

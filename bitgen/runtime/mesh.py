@@ -73,7 +73,7 @@ def check_batch(size: int, parts: int, mesh: Mesh | AbstractMesh) -> None:
         )
 
 
-def even_batch(size: int, mesh: Mesh) -> int:
+def round_up_batch(size: int, mesh: Mesh) -> int:
     """Returns the batch size, rounded up to one that splits over the mesh."""
     shards = shards_of_batch(mesh)
     return -(-size // shards) * shards

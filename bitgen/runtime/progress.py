@@ -14,7 +14,7 @@ T = TypeVar("T")
 _EVERY = 10.0  # seconds between lines
 
 
-class Bar:
+class ProgressBar:
     """Tells how many of `total` are done, while it is entered; a context.
 
     A terminal gets a bar, which is gone at the end. A log gets a line every ten seconds, unless
@@ -36,7 +36,7 @@ class Bar:
         self.what, self.total, self.unit, self.lines = what, total, unit, lines
         self.first = self.done = self.said = first
 
-    def __enter__(self) -> "Bar":
+    def __enter__(self) -> "ProgressBar":
         alone = jax.process_index() == 0
         shown, self.lines = alone and sys.stderr.isatty(), alone and self.lines
         self.started = self.told = time.monotonic()
@@ -84,19 +84,19 @@ def _columns() -> int:
     return os.get_terminal_size(sys.stderr.fileno()).columns or 80
 
 
-def counted(
+def with_progress(
     items: Iterable[T], what: str, total: int | None, size: Callable[[T], int]
 ) -> Iterator[T]:
-    """Passes items on and tells of them as `Bar` does; `size` is how many images an item has."""
-    with Bar(what, total) as bar:
+    """Yields the items under a `ProgressBar`; `size` returns how many images an item has."""
+    with ProgressBar(what, total) as bar:
         for item in items:
             yield item
             bar.add(size(item))
 
 
-def counted_shares(
+def with_progress_of_shares(
     batches: Iterable[dict[str, Any]], what: str, total: int
 ) -> Iterator[dict[str, Any]]:
     """Passes on a process's rows of batches of data, and tells how many all processes have had."""
     several = jax.process_count()
-    return counted(batches, what, total, lambda batch: len(batch["label"]) * several)
+    return with_progress(batches, what, total, lambda batch: len(batch["label"]) * several)

@@ -25,11 +25,11 @@ from bitgen.runtime.distributed import RESTART, leave, on_abort, on_first
 
 T = TypeVar("T")
 
-BEAT = 2.0  # seconds between signs of life
+HEARTBEAT_SECONDS = 2.0  # seconds between signs of life
 
 SILENT = lock.SILENT  # seconds without one after which a process counts as gone
 
-PATIENCE = 10  # times the usual, for what takes long by nature
+SLOW_FACTOR = 10  # times the usual, for what takes long by nature
 
 # Seconds after which C ends a process whose Python is held still, or which was suspended so long.
 _LAST_RESORT = 15 * SILENT
@@ -42,15 +42,15 @@ _UNKNOWN = lock.Process("an unknown host", "", 0, "")
 
 
 @dataclasses.dataclass
-class Beat:
+class Heartbeat:
     """What a process tells about itself."""
 
     process: int
     where: lock.Process
-    beats: int = 0  # rises while the process lives
+    count: int = 0  # rises while the process lives
     progress: int = 0  # rises while its main thread goes on
-    doing: str = "starting"
-    patient: bool = True  # that this may take long
+    activity: str = "starting"
+    slow: bool = True  # that this may take long
     status: int = _RUNNING  # with which it ended
     why: str = ""
 
@@ -58,14 +58,14 @@ class Beat:
         return f"process {self.process} on {self.where.host}"
 
 
-class Judge:
+class StallDetector:
     """Tells from heartbeats what is wrong; keeps no time itself, and counts that of one clock."""
 
     def __init__(self, stuck_after: float, silent_after: float = SILENT):
         self.stuck_after, self.silent_after = stuck_after, silent_after
         self.seen: dict[tuple[int, str], tuple[int, float]] = {}
 
-    def unchanged(self, beat: Beat, what: str, now: float) -> float:
+    def unchanged(self, beat: Heartbeat, what: str, now: float) -> float:
         """Returns for how long a count of a process has been the same."""
         value, key = getattr(beat, what), (beat.process, what)
         if self.seen.get(key, (None, 0.0))[0] != value:
@@ -73,13 +73,13 @@ class Judge:
         return now - self.seen[key][1]
 
     def pause(self, seconds: float) -> None:
-        """Leaves out a time in which the judge itself did not run."""
+        """Leaves out a time in which the detector itself did not run."""
         self.seen = {key: (value, at + seconds) for key, (value, at) in self.seen.items()}
 
-    def look(self, beats: Mapping[int, Beat], now: float) -> tuple[str, int] | None:
+    def check(self, heartbeats: Mapping[int, Heartbeat], now: float) -> tuple[str, int] | None:
         """Returns what is wrong and the status to end with, None if nothing is."""
-        for beat in beats.values():
-            silent = self.unchanged(beat, "beats", now)
+        for beat in heartbeats.values():
+            silent = self.unchanged(beat, "count", now)
             if beat.status == 0:
                 continue
             if beat.status != _RUNNING:
@@ -87,25 +87,28 @@ class Judge:
             if beat.where.runs() is False:
                 return (
                     f"{beat} is gone: its process {beat.where.pid} was killed, or was out of "
-                    f"memory (its last: {beat.doing})"
+                    f"memory (its last: {beat.activity})"
                 ), RESTART
             if silent > self.silent_after:
-                return f"{beat} gave no sign of life for {silent:.0f} s: {beat.doing}", RESTART
-        running = [beat for beat in beats.values() if beat.status == _RUNNING]
+                return (
+                    f"{beat} gave no sign of life for {silent:.0f} s: {beat.activity}",
+                    RESTART,
+                )
+        running = [beat for beat in heartbeats.values() if beat.status == _RUNNING]
         return self._stuck(running, now) if self.stuck_after > 0 and running else None
 
-    def _stuck(self, beats: list[Beat], now: float) -> tuple[str, int] | None:
+    def _stuck(self, heartbeats: list[Heartbeat], now: float) -> tuple[str, int] | None:
         """The others wait for those that have gone least far."""
-        idle = {beat.process: self.unchanged(beat, "progress", now) for beat in beats}
-        least = min(beat.progress for beat in beats)
-        last = [beat for beat in beats if beat.progress == least]
-        limits = (self.stuck_after * (PATIENCE if beat.patient else 1) for beat in last)
+        idle = {beat.process: self.unchanged(beat, "progress", now) for beat in heartbeats}
+        least = min(beat.progress for beat in heartbeats)
+        last = [beat for beat in heartbeats if beat.progress == least]
+        limits = (self.stuck_after * (SLOW_FACTOR if beat.slow else 1) for beat in last)
         if not all(idle[b.process] > limit for b, limit in zip(last, limits, strict=True)):
             return None
         names = ", ".join(map(str, last[:3])) + (f" and {len(last) - 3} more" if last[3:] else "")
         seconds = min(idle[beat.process] for beat in last)
-        others = "; the others wait for it" if len(last) < len(beats) else ""
-        return f"{names}: stuck for {seconds:.0f} s at: {last[0].doing}{others}", RESTART
+        others = "; the others wait for it" if len(last) < len(heartbeats) else ""
+        return f"{names}: stuck for {seconds:.0f} s at: {last[0].activity}{others}", RESTART
 
 
 class Watchdog:
@@ -114,49 +117,51 @@ class Watchdog:
     def __init__(self, workdir: Path, stuck_after: float, held: lock.Lock | None):
         index, self.count = jax.process_index(), jax.process_count()
         self.folder, self.held = workdir / "heartbeats", held
-        self.own = Beat(index, lock.this_process())
-        self.beats = {0: self.own} if index == 0 else {}  # as last read
-        self.judge = Judge(stuck_after, min(SILENT, stuck_after) if stuck_after > 0 else SILENT)
+        self.own = Heartbeat(index, lock.this_process())
+        self.heartbeats = {0: self.own} if index == 0 else {}  # as last read
+        self.detector = StallDetector(
+            stuck_after, min(SILENT, stuck_after) if stuck_after > 0 else SILENT
+        )
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def doing(self, what: str, patient: bool = False) -> None:
-        """Says that the run goes on, and with what; `patient`: it takes long by nature."""
-        self.own.doing, self.own.patient = what, patient
+    def report(self, what: str, slow: bool = False) -> None:
+        """Says that the run goes on, and with what; `slow`: it takes long by nature."""
+        self.own.activity, self.own.slow = what, slow
         self.own.progress += 1
 
-    def look(self) -> tuple[str, int] | None:
+    def check(self) -> tuple[str, int] | None:
         """Returns what is wrong with the run, if anything is."""
         if self.count == 1:
-            return self.judge.look({0: self.own}, time.monotonic())
+            return self.detector.check({0: self.own}, time.monotonic())
         for i in range(1, self.count) if self.own.process == 0 else [0]:
-            self.beats[i] = self._read(i) or self.beats.get(i) or Beat(i, _UNKNOWN)
-        return self.judge.look(self.beats, time.monotonic())
+            self.heartbeats[i] = self._read(i) or self.heartbeats.get(i) or Heartbeat(i, _UNKNOWN)
+        return self.detector.check(self.heartbeats, time.monotonic())
 
     def end(self, status: int, why: str = "") -> None:
         """Tells the others that this process ends, and stops watching."""
         self.stopped.set()
         faulthandler.cancel_dump_traceback_later()
         if self.thread.is_alive():
-            self.thread.join(5 * BEAT)  # not for ever: storage may hang
+            self.thread.join(5 * HEARTBEAT_SECONDS)  # not for ever: storage may hang
         self.own.status, self.own.why = status, why[: _SIZE // 2]
         self._write()
 
     def _watch(self) -> None:
         last = time.monotonic()
-        while not self.stopped.wait(BEAT):
+        while not self.stopped.wait(HEARTBEAT_SECONDS):
             # A process that was suspended, or whose storage was, has not watched.
-            away = time.monotonic() - last - 5 * BEAT
+            away = time.monotonic() - last - 5 * HEARTBEAT_SECONDS
             if away > 0:
-                self.judge.pause(away)
+                self.detector.pause(away)
             last = time.monotonic()
-            self.own.beats += 1
+            self.own.count += 1
             self._write()
             if self.count > 1:  # for a main thread that waits without letting this one run
                 faulthandler.dump_traceback_later(_LAST_RESORT, exit=True)
             if self.held and not self.held.touch():
                 self._leave(f"another run has taken {self.held.path.parent} over", 2)
-            if found := self.look():
+            if found := self.check():
                 self._leave(*found)
 
     def _leave(self, why: str, status: int) -> None:
@@ -181,10 +186,10 @@ class Watchdog:
             finally:
                 os.close(file)
 
-    def _read(self, process: int) -> Beat | None:
+    def _read(self, process: int) -> Heartbeat | None:
         try:
             found: dict[str, Any] = json.loads(self._file(process).read_text())
-            return Beat(**{**found, "where": lock.Process(**found["where"])})
+            return Heartbeat(**{**found, "where": lock.Process(**found["where"])})
         except (OSError, ValueError, TypeError, KeyError):  # not there yet, or half written
             return None
 
@@ -193,12 +198,12 @@ def _with_advice(why: str, status: int) -> str:
     return f"{why}; the same command goes on from what is saved" if status == RESTART else why
 
 
-def aborted(watch: Watchdog) -> tuple[str, int]:
+def explain_abort(watch: Watchdog) -> tuple[str, int]:
     """Returns why JAX aborts this process, as far as the heartbeats tell."""
-    watch.judge.silent_after = min(5 * BEAT, watch.judge.silent_after)
-    end = time.monotonic() + 3 * watch.judge.silent_after
+    watch.detector.silent_after = min(5 * HEARTBEAT_SECONDS, watch.detector.silent_after)
+    end = time.monotonic() + 3 * watch.detector.silent_after
     while time.monotonic() < end:
-        if found := watch.look():
+        if found := watch.check():
             return _with_advice(*found), found[1]
         time.sleep(0.5)
     lost = "lost touch with the other processes of this run"
@@ -223,7 +228,7 @@ def guard(workdir: Path, name: str, stuck_after: float) -> Iterator[Watchdog]:
         if watch.count > 1:
             on_first(lambda: _fresh(watch.folder))
             watch._write()
-            stack.enter_context(on_abort(lambda: aborted(watch)))
+            stack.enter_context(on_abort(lambda: explain_abort(watch)))
         watch.thread.start()
         try:
             yield watch
@@ -232,7 +237,7 @@ def guard(workdir: Path, name: str, stuck_after: float) -> Iterator[Watchdog]:
             raise
         except jax.errors.JaxRuntimeError as e:
             if watch.count > 1:  # most often another process is gone: the thread will say which
-                watch.thread.join(watch.judge.silent_after + 5 * BEAT)
+                watch.thread.join(watch.detector.silent_after + 5 * HEARTBEAT_SECONDS)
             watch.end(1, first_line(e))
             raise
         except BaseException as e:
@@ -241,12 +246,12 @@ def guard(workdir: Path, name: str, stuck_after: float) -> Iterator[Watchdog]:
         watch.end(0)
 
 
-def watched(items: Iterable[T], watch: Watchdog) -> Iterator[T]:
+def with_heartbeats(items: Iterable[T], watch: Watchdog) -> Iterator[T]:
     """Passes items on, each a sign that the run goes on."""
     for i, item in enumerate(items):
-        watch.doing(f"batch {i}", patient=i == 0)  # the first compiles
+        watch.report(f"batch {i}", slow=i == 0)  # the first compiles
         yield item
-    watch.doing("the last batch", patient=True)
+    watch.report("the last batch", slow=True)
 
 
 def _fresh(folder: Path) -> None:

@@ -115,13 +115,15 @@ def prepare(generator: Any, params: Any, platform: str = "") -> Prepared:
     On a CPU also kernels features first, which takes as long as a few groups: worth doing once for
     many calls. The platform '' is that of the devices here.
     """
-    turned = (platform or jax.default_backend()) == "cpu"
+    first = (platform or jax.default_backend()) == "cpu"
     params = cast_kernels(params, generator.dtype)
     block, group = generator.block(), _one_group(generator)
-    stacked = jax.vmap(lambda layer: _variables(block, layer, turned, *group))(params["layers"])
+    stacked = jax.vmap(lambda layer: _variables(block, layer, features_first, *group))(
+        params["layers"]
+    )
     layers = (jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(generator.layers))
     rest = {name: value for name, value in params.items() if name != "layers"}
-    return Prepared(_variables(generator, rest, turned, method=_all_products), tuple(layers))
+    return Prepared(_variables(generator, rest, first, method=_all_products), tuple(layers))
 
 
 def start(
@@ -175,10 +177,10 @@ def _through_layers(generator, prepared, caches, x, position, index):
     return tuple(after), cond
 
 
-def _variables(module, params, turned, *group, method=None):
-    """-> the parameters and, if turned, the kernels that a pass over one group stores."""
+def _variables(module, params, features_first, *group, method=None):
+    """-> the parameters and, if features_first, the kernels that a pass over one group stores."""
     variables = {"params": params}
-    if not turned:
+    if not features_first:
         return variables
     _, stored = module.apply(variables, *group, method=method, mutable=[FEATURES_FIRST])
     return {**variables, **stored}

@@ -19,7 +19,7 @@ from bitgen.hub.model_directory import Model
 from bitgen.images import editing, inputs
 from bitgen.images.crops import center_crop
 from bitgen.labels import class_names_of, parse_labels
-from bitgen.runtime.logging import say
+from bitgen.runtime.logging import log_info
 from bitgen.samplers import redraw
 from bitgen.samplers.masked import MaskedPlan
 
@@ -89,7 +89,7 @@ def perform(
         inputs.insert(1, ("redrawn", _picture_of(mask, size)))
     work, names = prepare(config, generator, labels, known, mask)
     if settings.guidance > 1 and not labels:
-        say("no class is given, so there is nothing to guide towards: guidance is off")
+        log_info("no class is given, so there is nothing to guide towards: guidance is off")
     plan = plan_of(config, guided=bool(labels))
     _, images = redraw.draw(
         (generator.module, generator.params),

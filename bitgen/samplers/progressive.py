@@ -47,7 +47,7 @@ def _veiled(images, drawn):
     return jnp.where(cells[..., None], images, jnp.full((), 96, jnp.uint8))
 
 
-def bits_steps(
+def progressive_bits(
     generator: Any, params: Any, labels: Any, keys: PRNGKeyArray, plan: Any
 ) -> Iterator[tuple[Bits, Drawn]]:
     """Yields the bits and which tokens are drawn after each step; the last are all of the image.
@@ -73,7 +73,7 @@ def bits_steps(
             yield bits.reshape(*shape, -1), ~mask.reshape(shape)
 
 
-def image_steps(
+def progressive_images(
     generator: tuple[Any, Any],
     tokenizer: tuple[Any, Any],
     labels: Int[Array, " b"] | Int[np.ndarray, " b"],
@@ -93,7 +93,7 @@ def image_steps(
     """
     module, params = tokenizer
     step, shown, latest = 0, 0, None
-    for step, latest in enumerate(bits_steps(*generator, labels, keys, plan), 1):
+    for step, latest in enumerate(progressive_bits(*generator, labels, keys, plan), 1):
         if step % every == 0:
             bits, drawn = latest
             yield jax.device_get((_veiled(_decode(module, params, bits), drawn), drawn))

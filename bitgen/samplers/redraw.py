@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from bitgen.images.pixels import from_uint8, to_uint8
 from bitgen.runtime.mesh import BATCH, batch_sharding, replicated, shards_of_batch
-from bitgen.runtime.progress import Bar
+from bitgen.runtime.progress import ProgressBar
 from bitgen.samplers.images import image_keys
 from bitgen.samplers.masked import MaskedPlan, sample_bits
 
@@ -161,7 +161,7 @@ def draw(
     several = sum(map(len, work.rounds)) > 1
     bits, images = [], []
     starts = range(0, total, size)
-    with Bar("drew", len(starts) * sum(map(len, work.rounds)), unit="passes") as bar:
+    with ProgressBar("drew", len(starts) * sum(map(len, work.rounds)), unit="passes") as bar:
         for start in starts:
             # The last batch is filled up, so that there is one program.
             rows = np.minimum(np.arange(start, start + size), total - 1)

@@ -13,7 +13,7 @@ from etils import epath
 
 from bitgen.errors import UserError, first_line
 from bitgen.runtime.distributed import all_agree, on_first
-from bitgen.runtime.logging import say
+from bitgen.runtime.logging import log_info
 
 # Settings that may change when a run goes on: they do not alter what a step computes.
 FREE = (
@@ -25,7 +25,8 @@ FREE = (
     "train.fid_every",
     "train.fid_images",
     "train.checkpoint_every",
-    "train.keep",
+    "train.keep",  # of older checkpoints
+    "train.max_to_keep",
     "train.stuck_after",
     "data.path",
     "data.threads",
@@ -110,7 +111,7 @@ class Checkpoints:
             if found is not None:
                 for other, why in broken:
                     aside = on_first(lambda other=other: self._move_aside(other))
-                    say(
+                    log_info(
                         f"checkpoint {other} cannot be read ({why}): going back to {step}; the "
                         f"broken one is in {aside}"
                     )

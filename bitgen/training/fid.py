@@ -24,8 +24,8 @@ from bitgen.evaluation.statistics import (
     read_statistics,
     write_statistics,
 )
-from bitgen.runtime.logging import say
-from bitgen.runtime.progress import counted
+from bitgen.runtime.logging import log_info
+from bitgen.runtime.progress import with_progress
 
 
 def small_fid(
@@ -130,7 +130,7 @@ def start(config: Any, task: Any, mesh: Mesh, extractor: Extractor, workdir: Pat
     else:
         images = task.real_images(mesh, rows, limit)
         several = jax.process_count()
-        told = counted(
+        told = with_progress(
             images, f"reference of {task.fid_name}:", limit or None, lambda x: len(x) * several
         )
         moments = _moments(told, extractor)
@@ -138,7 +138,7 @@ def start(config: Any, task: Any, mesh: Mesh, extractor: Extractor, workdir: Pat
         seen = Summary(moments.count, pool)
         if jax.process_index() == 0:
             write_statistics(path, seen, extractor.protocol, extractor.digest)
-        say(f"the reference of {task.fid_name} is {seen.count} images of config.data")
+        log_info(f"the reference of {task.fid_name} is {seen.count} images of config.data")
     assert seen is not None
     return ScheduledFid(task.fid_name, make, seen.pool, extractor)
 

@@ -17,7 +17,7 @@ from bitgen.evaluation.image_sets import pixels
 from bitgen.hub import model_directory
 from bitgen.images.grids import grid
 from bitgen.images.pixels import from_uint8, to_uint8
-from bitgen.runtime.distributed import own_rows, pad_rows, place, whole
+from bitgen.runtime.distributed import fetch_global, local_rows, pad_rows, place
 from bitgen.runtime.mesh import make_mesh, replicated, to_device
 from bitgen.samplers.images import image_keys, image_sampler, make_plan
 from bitgen.training import optim
@@ -154,7 +154,7 @@ class GeneratorTask:
             np.arange(count) % columns * max(classes // columns, 1),
             image_keys(self.config.seed, np.arange(count)),
         )
-        return {"samples": grid(whole(images), columns)}
+        return {"samples": grid(fetch_global(images), columns)}
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 - a run has one task
     def _sampler(self, tokenizer):
@@ -205,7 +205,7 @@ class GeneratorTask:
                     labels[np.minimum(places, count - 1)],
                     image_keys(self.config.seed, places),
                 )
-                yield own_rows(images)[: max(count - start - first, 0)]
+                yield local_rows(images)[: max(count - start - first, 0)]
 
         return make
 
@@ -229,7 +229,7 @@ class GeneratorTask:
 
         for batch in batches:
             placed = to_device({"bits": pad_rows(batch["bits"], rows)}, mesh)
-            yield own_rows(decode(params, placed["bits"]))[: len(batch["bits"])]
+            yield local_rows(decode(params, placed["bits"]))[: len(batch["bits"])]
 
     def _bits(self, frozen, batch, key):
         """-> bool [b, h, w, k]."""

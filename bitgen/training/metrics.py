@@ -64,7 +64,7 @@ class Progress:
     def __init__(self, first: int, last: int, batch_size: int, flops: int):
         self.last, self.batch_size, self.flops = last, batch_size, flops
         self.step, self.start, self.waited = first, time.monotonic(), 0.0
-        device = devices.of_kind(jax.devices()[0].device_kind)
+        device = devices.by_kind(jax.devices()[0].device_kind)
         self.peak = device.flops * jax.device_count() if device else None
 
     def report(self, step: int, loss: float) -> tuple[str, dict[str, float]]:

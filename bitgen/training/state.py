@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from bitgen import build
 from bitgen.errors import UserError
 from bitgen.runtime.distributed import place
-from bitgen.runtime.logging import say
+from bitgen.runtime.logging import log_info
 from bitgen.runtime.mesh import replicated
 from bitgen.runtime.sharding import Rules, batch_on, tree_shardings, whole_leaves
 
@@ -65,12 +65,12 @@ def with_params(state: TrainState, params: PyTree, what: str) -> TrainState:
     )
 
 
-def born_sharded(init: Any, key: jax.Array, rules: Rules, mesh: Mesh) -> tuple[Any, Any]:
+def init_sharded(init: Any, key: jax.Array, rules: Rules, mesh: Mesh) -> tuple[Any, Any]:
     """Returns init(key) computed where it lives, and its shardings."""
     shapes = jax.eval_shape(init, key)
     shardings = tree_shardings(shapes, rules, mesh)
     if mesh.shape["fsdp"] > 1 and (whole := whole_leaves(shapes, shardings)):
-        say(
+        log_info(
             f"{len(whole)} arrays have no axis that config.mesh.fsdp={mesh.shape['fsdp']} divides "
             f"and lie whole on every device: {whole[0]}, ..."
         )

@@ -25,7 +25,7 @@ from bitgen.losses import adversarial
 from bitgen.losses.augment import diff_augment
 from bitgen.losses.lpips import load_lpips, lpips_distance, lpips_shapes
 from bitgen.nn.shuffle import pixel_shuffle, pixel_unshuffle
-from bitgen.runtime.distributed import own_rows, pad_rows, place, whole
+from bitgen.runtime.distributed import fetch_global, local_rows, pad_rows, place
 from bitgen.runtime.mesh import to_device
 from bitgen.training import optim
 from bitgen.training.fid import data_pass
@@ -182,7 +182,7 @@ class TokenizerTask:
         and of its entropy in bits.
         """
         images = np.asarray(batch["image"])
-        recon = whole(self._reconstruct(state.ema, images))
+        recon = fetch_global(self._reconstruct(state.ema, images))
         pictures = {"reconstructions": paired_grid(images, recon, 16)}
         if (p := self.bits_mean) is not None:
             pictures["bits"] = bars({"share of ones": p, "entropy": bit_entropy(p)})
@@ -217,7 +217,7 @@ class TokenizerTask:
         def make(params: PyTree) -> Iterator[np.ndarray]:
             for images in self.real_images(mesh, rows, count):
                 placed = to_device({"image": pad_rows(images, rows)}, mesh)
-                yield own_rows(self._reconstruct(params, placed["image"]))[: len(images)]
+                yield local_rows(self._reconstruct(params, placed["image"]))[: len(images)]
 
         return make
 

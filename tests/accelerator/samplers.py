@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bitgen.modes import benchmark
-from bitgen.profiling.compile_report import traffic_of
+from bitgen.profiling.compile_report import kernel_stats
 from bitgen.profiling.roofline import (
     Peaks,
     compile_program,
@@ -36,7 +36,7 @@ PATIENCE = 60.0  # seconds after which no further program is compiled
 def peaks(context: Context) -> Iterator[Any]:
     """Products in two types, and copies, beside what the maker says."""
     device = jax.devices()[0]
-    known = devices.of_kind(device.device_kind)
+    known = devices.by_kind(device.device_kind)
     yield {"what": f"{jax.device_count()} x {device.device_kind}, jax {jax.__version__}"}
     yield READY
     for name, dtype in (("bfloat16", jnp.bfloat16), ("float32", jnp.float32)):
@@ -70,7 +70,7 @@ def sampler(name: str, batches: Sequence[int], context: Context) -> Iterator[Any
         generator, program, shapes = compiled(sampling(name, context), size)
         programs[size] = program
         print(f"batch {size}: compiled in {program.compile_seconds:.1f} s", flush=True)
-    kernels = traffic_of(programs[1].run.as_text()).kernels
+    kernels = kernel_stats(programs[1].run.as_text()).kernels
     yield READY
     limits = measured_peaks(context)
     params = random_values(shapes, jax.tree.map(lambda s: s.sharding, shapes))

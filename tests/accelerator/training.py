@@ -41,7 +41,7 @@ def step(name: str, batch: int, unrolled: bool, context: Context) -> Iterator[An
     write_data(c)
     start = starter(c, mesh)
     yield READY
-    peaks, known = measured_peaks(context), devices.of_kind(jax.devices()[0].device_kind)
+    peaks, known = measured_peaks(context), devices.by_kind(jax.devices()[0].device_kind)
     for words, (c, program, flops) in programs.items():
         state, frozen = start()
         seconds, waited, metrics = _timed(c, mesh, program, state, frozen)

@@ -102,9 +102,9 @@ def test_resize_crop_is_a_window_of_the_bilinear_resize():
     array = noise(61, 90)
     whole = resample(array, 42, 42 * 90 // 61, BILINEAR)  # int(1.05 * 40) = 42
     rng = np.random.default_rng(2)
-    crops = [crops.resize_crop(files.decode(array), 40, rng) for _ in range(8)]
-    assert all(crop.shape == (40, 40, 3) and contains(whole, crop) for crop in crops)
-    assert len({crop.tobytes() for crop in crops}) > 1
+    made = [crops.resize_crop(files.decode(array), 40, rng) for _ in range(8)]
+    assert all(crop.shape == (40, 40, 3) and contains(whole, crop) for crop in made)
+    assert len({crop.tobytes() for crop in made}) > 1
 
 
 def palette_image(transparent: bool) -> bytes:

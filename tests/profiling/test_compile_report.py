@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from bitgen.profiling.compile_report import Traffic, traffic_of
+from bitgen.profiling.compile_report import KernelStats, kernel_stats
 
 PROGRAM = """
 HloModule jit_f, is_scheduled=true
@@ -52,8 +52,8 @@ def test_a_written_program():
     matrix = 4 * 8 * 8
     sliced = 4 + 3 * matrix  # an index, a slice, x, the sum
     stored = 4 + 2 * matrix  # an index, what is stored, where it goes
-    expected = Traffic(kernels=5 * 3, products=5 * 3 * matrix, others=5 * (sliced + stored))
-    assert traffic_of(PROGRAM) == expected
+    expected = KernelStats(kernels=5 * 3, products=5 * 3 * matrix, others=5 * (sliced + stored))
+    assert kernel_stats(PROGRAM) == expected
 
 
 def test_a_compiled_loop_moves_its_operands_at_each_turn():
@@ -62,7 +62,7 @@ def test_a_compiled_loop_moves_its_operands_at_each_turn():
 
     def moved(turns):
         arguments = jnp.ones((64, 64)), jnp.ones((turns, 64, 64))
-        return traffic_of(jax.jit(f).lower(*arguments).compile().as_text())
+        return kernel_stats(jax.jit(f).lower(*arguments).compile().as_text())
 
     few, many = moved(5), moved(50)
     assert many.products - few.products == 45 * 3 * 4 * 64 * 64

@@ -11,7 +11,7 @@ from helpers import small
 from bitgen.errors import UserError
 from bitgen.profiling import memory_estimate
 from bitgen.profiling.roofline import compiled_bytes
-from bitgen.runtime.devices import GIB, memory_of, named, of_kind
+from bitgen.runtime.devices import GIB, by_kind, by_name, memory_of
 from bitgen.runtime.mesh import abstract_mesh, make_mesh
 from bitgen.runtime.sharding import RULES, bytes_per_device, tree_shardings
 
@@ -190,9 +190,9 @@ def test_a_zoo_tokenizer_is_not_fetched():
 
 
 def test_devices():
-    assert named("tpu V5E").memory == 16 * GIB
+    assert by_name("tpu V5E").memory == 16 * GIB
     with pytest.raises(UserError, match=r"unknown device 'TPU v9', have \['A100 40GB'"):
-        named("TPU v9")
+        by_name("TPU v9")
     for kind, name in (
         ("TPU v5 lite", "TPU v5e"),
         ("TPU v5", "TPU v5p"),
@@ -201,6 +201,6 @@ def test_devices():
         ("NVIDIA H100 80GB HBM3", "H100"),
         ("NVIDIA L40S", "L40S"),
     ):
-        assert of_kind(kind) is named(name)
-    assert of_kind("cpu") is None
+        assert by_kind(kind) is by_name(name)
+    assert by_kind("cpu") is None
     assert memory_of(jax.devices()[0]) is None

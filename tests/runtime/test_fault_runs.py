@@ -35,7 +35,7 @@ get_config = test_fault_runs.settings
 
 def settings():
     c = small.tokenizer()
-    c.train.steps, c.train.checkpoint_every, c.train.keep = STEPS, EVERY, 9
+    c.train.steps, c.train.checkpoint_every, c.train.max_to_keep = STEPS, EVERY, 9
     return c
 
 
@@ -82,15 +82,15 @@ def digest(workdir):
 
 def at(monkeypatch, moment, action):
     """Does something once, when a run begins with what it calls so."""
-    doing = Watchdog.doing
+    activity = Watchdog.report
 
-    def watched(self, what, patient=False):
-        doing(self, what, patient)
+    def watched(self, what, slow=False):
+        activity(self, what, slow)
         if what == moment:
-            monkeypatch.setattr(Watchdog, "doing", doing)
+            monkeypatch.setattr(Watchdog, "report", activity)
             action()
 
-    monkeypatch.setattr(Watchdog, "doing", watched)
+    monkeypatch.setattr(Watchdog, "report", watched)
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from bitgen.errors import UserError
 from bitgen.runtime import distributed, lock, watchdog
 from bitgen.runtime.distributed import find_processes
 from bitgen.runtime.lock import Process
-from bitgen.runtime.watchdog import Beat, Judge
+from bitgen.runtime.watchdog import Heartbeat, StallDetector
 
 PLAIN = {"COORDINATOR_ADDRESS": "10.0.0.1:1234", "NUM_PROCESSES": "4", "PROCESS_ID": "3"}
 TORCHRUN = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500", "WORLD_SIZE": "2", "RANK": "1"}
@@ -187,7 +187,7 @@ def test_of_many_that_start_together_one_gets_the_lock(tmp_path):
     program = (
         "import os, sys, time\n"
         "from pathlib import Path\n"
-        "from bitgen import lock\n"
+        "from bitgen.runtime import lock\n"
         "from bitgen.errors import UserError\n"
         "if sys.argv[2] == 'no links':\n"
         "    def link(*_): raise OSError(95, 'not supported')\n"
@@ -218,25 +218,27 @@ def test_of_many_that_start_together_one_gets_the_lock(tmp_path):
 # --------------------------------------------------------------------------------- watchdog
 def beat(process, **fields):
     here = Process(f"host{process}", f"machine{process}", 100 + process, "1")
-    return Beat(process, here, **{"doing": "step 7", "patient": False, **fields})
+    return Heartbeat(process, here, **{"activity": "step 7", "slow": False, **fields})
 
 
 def test_a_run_that_goes_on_is_left_alone():
-    judge = Judge(stuck_after=10)
+    detector = StallDetector(stuck_after=10)
     for now in range(100):
-        assert judge.look({i: beat(i, beats=now, progress=now // 9) for i in (0, 1)}, now) is None
+        assert (
+            detector.check({i: beat(i, count=now, progress=now // 9) for i in (0, 1)}, now) is None
+        )
 
 
 def test_a_stuck_process_is_named_with_what_it_waits_for():
     """The other has gone one step further and waits too."""
-    judge = Judge(stuck_after=10)
+    detector = StallDetector(stuck_after=10)
     for now in range(11):
-        beats = {
-            0: beat(0, beats=now, progress=5),
-            1: beat(1, beats=now, progress=4, doing="waiting for the data of step 7"),
+        heartbeats = {
+            0: beat(0, count=now, progress=5),
+            1: beat(1, count=now, progress=4, activity="waiting for the data of step 7"),
         }
-        assert judge.look(beats, now) is None
-    found = judge.look(beats, 11)
+        assert detector.check(heartbeats, now) is None
+    found = detector.check(heartbeats, 11)
     assert found == (
         "process 1 on host1: stuck for 11 s at: waiting for the data of step 7; "
         "the others wait for it",
@@ -245,12 +247,12 @@ def test_a_stuck_process_is_named_with_what_it_waits_for():
 
 
 def test_all_stuck_alike_are_all_named():
-    judge = Judge(stuck_after=10)
-    beats = {i: beat(i, progress=3) for i in range(5)}
+    detector = StallDetector(stuck_after=10)
+    heartbeats = {i: beat(i, progress=3) for i in range(5)}
     for now in (0, 11):
-        for i in beats:
-            beats[i].beats = now
-        found = judge.look(beats, now)
+        for i in heartbeats:
+            heartbeats[i].count = now
+        found = detector.check(heartbeats, now)
     assert found is not None
     assert found[0].startswith(
         "process 0 on host0, process 1 on host1, process 2 on host2 and 2 more: stuck for 11 s"
@@ -258,40 +260,46 @@ def test_all_stuck_alike_are_all_named():
 
 
 def test_what_takes_long_by_nature_is_given_ten_times_as_long():
-    judge = Judge(stuck_after=10)
-    beats = {0: beat(0, progress=5), 1: beat(1, progress=4, doing="compiling", patient=True)}
+    detector = StallDetector(stuck_after=10)
+    heartbeats = {
+        0: beat(0, progress=5),
+        1: beat(1, progress=4, activity="compiling", slow=True),
+    }
     for now in range(0, 140, 10):
-        for i in beats:
-            beats[i].beats = now
-        assert (judge.look(beats, now) is not None) == (now > 100), now
+        for i in heartbeats:
+            heartbeats[i].count = now
+        assert (detector.check(heartbeats, now) is not None) == (now > 100), now
 
 
 def test_nothing_is_stuck_where_that_is_switched_off():
-    judge = Judge(stuck_after=0)
-    assert not [now for now in range(0, 9999, 50) if judge.look({0: beat(0, beats=now)}, now)]
+    detector = StallDetector(stuck_after=0)
+    assert not [now for now in range(0, 9999, 50) if detector.check({0: beat(0, count=now)}, now)]
 
 
 def test_a_silent_process_is_named():
-    judge = Judge(stuck_after=1000, silent_after=60)
+    detector = StallDetector(stuck_after=1000, silent_after=60)
     for now in range(0, 100, 10):
-        beats = {0: beat(0, beats=now, progress=now), 1: beat(1, beats=3, progress=now)}
-        found = judge.look(beats, now)
+        heartbeats = {
+            0: beat(0, count=now, progress=now),
+            1: beat(1, count=3, progress=now),
+        }
+        found = detector.check(heartbeats, now)
         assert (found is not None) == (now > 60)
     assert found is not None
     assert found[0] == "process 1 on host1 gave no sign of life for 90 s: step 7"
 
 
 def test_a_judge_that_was_suspended_blames_nobody():
-    judge = Judge(stuck_after=10, silent_after=10)
-    assert judge.look({1: beat(1)}, 0) is None
-    judge.pause(1000)
-    assert judge.look({1: beat(1)}, 1005) is None
-    assert judge.look({1: beat(1)}, 1011) is not None
+    detector = StallDetector(stuck_after=10, silent_after=10)
+    assert detector.check({1: beat(1)}, 0) is None
+    detector.pause(1000)
+    assert detector.check({1: beat(1)}, 1005) is None
+    assert detector.check({1: beat(1)}, 1011) is not None
 
 
 def test_a_killed_process_of_this_machine_is_named_at_once():
-    gone = Beat(1, dead_process(), doing="step 9")
-    found = Judge(600).look({1: gone}, 0)
+    gone = Heartbeat(1, dead_process(), activity="step 9")
+    found = StallDetector(600).check({1: gone}, 0)
     assert found is not None
     assert f"is gone: its process {gone.where.pid} was killed" in found[0]
     assert found[1] == watchdog.RESTART
@@ -299,21 +307,21 @@ def test_a_killed_process_of_this_machine_is_named_at_once():
 
 def test_why_another_process_ended_is_passed_on_with_its_status():
     ended = beat(1, status=2, why="too many broken images")
-    assert Judge(600).look({1: ended}, 0) == (
+    assert StallDetector(600).check({1: ended}, 0) == (
         "process 1 on host1 ended: too many broken images",
         2,
     )
-    assert Judge(600).look({1: beat(1, status=0)}, 0) is None
+    assert StallDetector(600).check({1: beat(1, status=0)}, 0) is None
 
 
 def test_a_stuck_run_of_one_process_ends_with_a_line(tmp_path):
     program = (
         "import time, sys\n"
         "from pathlib import Path\n"
-        "from bitgen import watchdog\n"
-        "watchdog.BEAT = 0.1\n"
+        "from bitgen.runtime import watchdog\n"
+        "watchdog.HEARTBEAT_SECONDS = 0.1\n"
         "with watchdog.guard(Path(sys.argv[1]), 'train', 0.5) as watch:\n"
-        "    watch.doing('waiting for the data of step 3')\n"
+        "    watch.report('waiting for the data of step 3')\n"
         "    time.sleep(60)\n"
     )
     done = subprocess.run(

@@ -201,7 +201,7 @@ def test_activations_are_split_by_batch(monkeypatch):
 def test_what_no_axis_divides_is_named(capsys):
     task = bigr(width=32)
     mesh = make_mesh(data=1, fsdp=3, devices=jax.devices()[:3])
-    born, shardings = state.born_sharded(task.init, jax.random.key(0), RULES["bigr"], mesh)
+    born, shardings = state.init_sharded(task.init, jax.random.key(0), RULES["bigr"], mesh)
     assert jax.tree.leaves(born)[0].sharding == jax.tree.leaves(shardings)[0]
     text = capsys.readouterr().err
     assert "have no axis that config.mesh.fsdp=3 divides" in text

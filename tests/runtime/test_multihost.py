@@ -1,7 +1,7 @@
 """Two real processes with four devices each do what one with eight does, and write it once.
 
 Run as a program, this file is the work that each process does: DIRECTORY; or a training that gets a
-signal as it begins a step, or freezes: SIGNAL|0 STEP PATIENCE DIRECTORY.
+signal as it begins a step, or freezes: SIGNAL|0 STEP SLOW_FACTOR DIRECTORY.
 """
 
 import ctypes
@@ -73,10 +73,10 @@ def train_with_fault(number: int, at: int, patience: int, workdir: Path) -> None
     from bitgen.runtime import distributed
     from bitgen.runtime.watchdog import Watchdog
 
-    doing = Watchdog.doing
+    activity = Watchdog.report
 
-    def watched(self, what, patient=False):
-        doing(self, what, patient)
+    def watched(self, what, slow=False):
+        activity(self, what, slow)
         if what == f"step {at}":
             while not (workdir / "checkpoints" / str((at - 1) // EVERY * EVERY)).exists():
                 time.sleep(0.02)
@@ -85,7 +85,7 @@ def train_with_fault(number: int, at: int, patience: int, workdir: Path) -> None
             else:
                 ctypes.PyDLL(None).sleep(3600)  # no other thread of Python runs meanwhile
 
-    Watchdog.doing = watched
+    Watchdog.report = watched
     c = small.tokenizer()
     c.mesh.data, c.mesh.fsdp = 1, 8
     c.model.width = 64

@@ -17,8 +17,8 @@ from bitgen.convert.directory import export_file, import_file
 from bitgen.hub.download import download
 from bitgen.modes import evaluate, reconstruct, sample, tokenize
 from bitgen.runtime import progress
-from bitgen.runtime.logging import say
-from bitgen.runtime.progress import Bar, counted
+from bitgen.runtime.logging import log_info
+from bitgen.runtime.progress import ProgressBar, with_progress
 
 
 @contextlib.contextmanager
@@ -44,7 +44,7 @@ def terminal(monkeypatch):
 
 
 def bar_of(count=3):
-    with Bar("drawn", count) as bar:
+    with ProgressBar("drawn", count) as bar:
         for _ in range(count):
             bar.add(1)
 
@@ -71,7 +71,7 @@ def test_the_other_processes_are_silent(monkeypatch, capsys):
 
 def test_lines_come_now_and_then(monkeypatch, capsys):
     monkeypatch.setattr(progress, "_EVERY", -1)
-    assert list(counted([[1, 2], [3]], "read", 3, len)) == [[1, 2], [3]]
+    assert list(with_progress([[1, 2], [3]], "read", 3, len)) == [[1, 2], [3]]
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(",")[0] for line in lines] == ["read 2/3 images", "read 3/3 images"]
 
@@ -82,14 +82,14 @@ def test_no_last_line_after_an_error(capsys):
         raise KeyError
 
     with pytest.raises(KeyError):
-        list(counted(items(), "drawn", 3, len))
+        list(with_progress(items(), "drawn", 3, len))
     assert capsys.readouterr().err == ""
 
 
 def test_a_line_is_said_above_the_bar(monkeypatch):
-    with terminal(monkeypatch) as shown, Bar("drawn", 3) as bar:
+    with terminal(monkeypatch) as shown, ProgressBar("drawn", 3) as bar:
         bar.add(1)
-        say("by the way")
+        log_info("by the way")
     # The bar's line is emptied first, and drawn again below.
     before, _, after = shown[0].partition("by the way")
     assert before.endswith("\r")

@@ -16,7 +16,7 @@ from bitgen.errors import UserError
 from bitgen.runtime.mesh import make_mesh
 from bitgen.training.checkpoint import Checkpoints
 
-CONFIG = {"seed": 0, "train": {"steps": 6, "keep": 3}}
+CONFIG = {"seed": 0, "train": {"steps": 6, "max_to_keep": 3}}
 
 
 def state(step, spec=None, **mesh):
