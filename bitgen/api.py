@@ -19,8 +19,9 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, UInt8
 
 from bitgen import config
+from bitgen.build import DTYPES
 from bitgen.errors import UserError, choose
-from bitgen.hub import model_directory
+from bitgen.hub import model_directory, zoo
 from bitgen.hub.model_directory import Model
 from bitgen.images import inputs
 from bitgen.images.inputs import (
@@ -34,7 +35,7 @@ from bitgen.images.pixels import from_uint8
 from bitgen.labels import class_names_of, parse_labels
 from bitgen.runtime.mesh import batch_sharding, make_mesh, replicated, round_up_batch
 from bitgen.samplers import edits
-from bitgen.samplers import images as samplers
+from bitgen.samplers.images import Plan, default_plan, make_plan, prepare, sample_images
 from bitgen.samplers.progressive import progressive_images
 
 # One picture, or several: PIL, a file, uint8 of any size [H, W, 3], float in [-1, 1] of the model's
@@ -64,8 +65,6 @@ def load(
 
     Raises UserError if a model cannot be read, or the two do not fit.
     """
-    from bitgen.build import DTYPES
-
     choose("dtype", dtype, DTYPES)
     mesh = mesh or make_mesh(devices=jax.devices()[:1])
     path = _name(path)
@@ -88,10 +87,8 @@ def find_tokenizer(path: str) -> str:
 
     Raises UserError if it is not found.
     """
-    from bitgen.hub.zoo import get
-
     if path.startswith("zoo:"):
-        return f"zoo:{get(path).tokenizer}"
+        return f"zoo:{zoo.get(path).tokenizer}"
     origin = model_directory.read_info(path).get("origin")
     wanted = origin.get("tokenizer") if isinstance(origin, dict) else None
     if not isinstance(wanted, dict) or not wanted.get("digest"):
@@ -132,8 +129,7 @@ class Pipeline:
             jax.jit(function, in_shardings=(replicated(mesh), sharding), out_shardings=sharding)
             for function in (encode, decode)
         )
-        self._samplers: dict[samplers.Plan, Any] = {}
-        self._prepared: Any = None  # the generator's parameters, for the samplers
+        self._prepared: Model | None = None  # the generator, its parameters as samplers read them
 
     @property
     def image_size(self) -> int:
@@ -152,19 +148,19 @@ class Pipeline:
         names = class_names_of(info)
         return names or [str(label) for label in range(info["hparams"]["num_classes"])]
 
-    def plan(self, **settings: Any) -> samplers.Plan:
+    def plan(self, **settings: Any) -> Plan:
         """Returns the settings of the generator's sampler, with the given ones changed.
 
         By default no more denoiser steps than the model was trained with.
         """
         generator = self._generator()
-        fields = dataclasses.asdict(samplers.default_plan(generator.info["family"]))
+        fields = dataclasses.asdict(default_plan(generator.info["family"]))
         if "denoiser_steps" in fields:
             trained = generator.module.diffusion_steps
             fields["denoiser_steps"] = min(fields["denoiser_steps"], trained)
         for name in settings:
             choose("setting of the sampler", name, fields)
-        return samplers.make_plan(generator.module, {**fields, **settings})
+        return make_plan(generator.module, {**fields, **settings})
 
     def encode(self, images: Pictures, *, batch_size: int = 64) -> Codes:
         """Returns the codes of pictures, of which uint8 ones and files are cropped to the model.
@@ -200,40 +196,37 @@ class Pipeline:
           batch_size: images drawn together.
           **settings: of the sampler, such as guidance and iterations; see `plan`.
         """
-        generator, plan, labels = self._generator(), self.plan(**settings), self.labels(labels)
-        if plan not in self._samplers:
-            self._samplers[plan] = samplers.image_sampler(
-                generator.module, self.tokenizer.module, plan, self.mesh
-            )
-        keys = samplers.image_keys(seed, np.arange(len(labels)))
-
-        def run(params, batch):
-            return self._samplers[plan](params, self.tokenizer.params, *batch)
-
-        if self._prepared is None:
-            self._prepared = samplers.prepare(generator.module, generator.params)
-        images = self._batched(run, (labels, keys), batch_size, self._prepared)
-        return give(images, to)
+        plan, labels = self.plan(**settings), self.labels(labels)
+        if batch_size < 1:
+            raise UserError(f"batch_size must be 1 or more, got {batch_size}")
+        if self._prepared is None:  # once for many calls
+            params = prepare(self._generator().module, self._generator().params)
+            self._prepared = dataclasses.replace(self._generator(), params=params)
+        images = sample_images(
+            self._prepared,
+            self.tokenizer,
+            labels,
+            plan,
+            self.mesh,
+            seed=seed,
+            batch_size=batch_size,
+        )
+        return give(np.concatenate(list(images)), to)
 
     def steps(
         self, labels: Labels, *, seed: int = 0, every: int = 1, **settings: Any
     ) -> Iterator[tuple[UInt8[np.ndarray, "b S S 3"], Bool[np.ndarray, "b h w"]]]:
         """Yields the images of `sample` while they are drawn, grey where no token is drawn yet.
 
-        The second value says which tokens are drawn. `every` so many steps are shown, and the
+        The second value says which tokens are drawn. One of `every` steps is yielded, and the
         last. All images are one batch.
         """
-        generator, plan, labels = self._generator(), self.plan(**settings), self.labels(labels)
+        plan, labels = self.plan(**settings), self.labels(labels)
         if every < 1:
             raise UserError(f"every must be 1 or more, got {every}")
-        size = round_up_batch(len(labels), self.mesh)
-        rows = np.minimum(np.arange(size), len(labels) - 1)
-        placed, keys = jax.device_put(
-            (labels[rows], samplers.image_keys(seed, rows)), batch_sharding(self.mesh)
+        yield from progressive_images(
+            self._generator(), self.tokenizer, labels, plan, self.mesh, seed=seed, every=every
         )
-        one, other = ((model.module, model.params) for model in (generator, self.tokenizer))
-        for images, drawn in progressive_images(one, other, placed, keys, plan, every):
-            yield images[: len(labels)], drawn[: len(labels)]
 
     def edit(
         self,
@@ -277,8 +270,8 @@ class Pipeline:
         )
         return give(drawn.images, to)
 
-    def drawn(self, image: Pictures, kind: str, **settings: Any) -> edits.Drawn:
-        """Returns what `edit` does with all that is known of it: see `samplers.edits.Drawn`."""
+    def drawn(self, image: Pictures, kind: str, **settings: Any) -> edits.EditResult:
+        """Returns the result of `edit` with the labels, masks and settings that it came from."""
         generator, settings = self._generator(), dict(settings)
         mask, box, sampler = (settings.pop(name, None) for name in ("mask", "box", "sampler"))
         choose("kind of edit", kind, edits.KINDS)
@@ -301,7 +294,7 @@ class Pipeline:
         try:
             edits.check_settings(c.edit, edits.KINDS[kind])
             source, tokens = _source(c.edit, image, mask, self.grid)
-            return edits.perform(c, source, generator, self.tokenizer, self.mesh, tokens)
+            return edits.edit_picture(c, source, generator, self.tokenizer, self.mesh, tokens)
         except UserError as e:
             raise UserError(str(e).replace("config.edit.", "")) from None
 
@@ -332,36 +325,35 @@ class Pipeline:
             )
         return self.generator
 
-    def _batched(self, run: Any, inputs: Any, batch_size: int, params: Any = None) -> Any:
+    def _batched(self, run: Any, inputs: Any, batch_size: int) -> Any:
         """Runs a program over batches of one size; the last is filled up."""
         total = len(jax.tree.leaves(inputs)[0])
         if batch_size < 1 or total < 1:
             raise UserError(f"need a batch and an input at least, got {batch_size} and {total}")
-        size, sharding = (
-            round_up_batch(min(batch_size, total), self.mesh),
-            batch_sharding(self.mesh),
-        )
-        params, done = params or self.tokenizer.params, []
+        size = round_up_batch(min(batch_size, total), self.mesh)
+        results = []
         for start in range(0, total, size):
             rows = np.minimum(np.arange(start, start + size), total - 1)
-            batch = jax.device_put(jax.tree.map(lambda x, r=rows: x[r], inputs), sharding)
-            done.append(jax.device_get(run(params, batch)))
-        return jax.tree.map(lambda *parts: np.concatenate(parts)[:total], *done)
+            batch = jax.device_put(
+                jax.tree.map(lambda x, r=rows: x[r], inputs), batch_sharding(self.mesh)
+            )
+            results.append(jax.device_get(run(self.tokenizer.params, batch)))
+        return jax.tree.map(lambda *parts: np.concatenate(parts)[:total], *results)
 
 
 def _source(
     settings: Any, image: Pictures, mask: Any, grid: tuple[int, int]
-) -> tuple[edits.Source, Any]:
+) -> tuple[edits.EditInput, Any]:
     """-> the picture and the area on it, and the tokens to draw if the mask is of the grid."""
     picture = None if image is None else as_picture(image)
     if picture is None or not (settings.mask or settings.box):
-        return edits.Source(picture), None
+        return edits.EditInput(picture), None
     if settings.box:
-        return edits.Source(picture, inputs.box_area(settings.box, picture)), None
+        return edits.EditInput(picture, inputs.box_area(settings.box, picture)), None
     area = read_mask(mask, picture, grid)
     if area.shape == (picture.height, picture.width):
-        return edits.Source(picture, area), None
-    return edits.Source(picture), ~area if settings.kind == "outpaint" else area
+        return edits.EditInput(picture, area), None
+    return edits.EditInput(picture), ~area if settings.kind == "outpaint" else area
 
 
 def _text(labels: Labels) -> str:
@@ -370,9 +362,7 @@ def _text(labels: Labels) -> str:
 
 def _name(path: str | Path) -> str:
     """-> zoo:NAME for the name of a released model, unless there is a directory of that name."""
-    from bitgen.hub.zoo_entries import ZOO
-
-    return f"zoo:{path}" if str(path) in ZOO and not Path(path).exists() else str(path)
+    return f"zoo:{path}" if str(path) in zoo.ZOO and not Path(path).exists() else str(path)
 
 
 def check_codes(module: Any, codes: Any) -> Any:

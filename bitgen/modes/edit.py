@@ -1,16 +1,10 @@
-"""Mode `edit`: BiGR's zero-shot applications on the user's own picture.
-
-Inpaint, outpaint, class-conditional edit, class interpolation and enrichment (Hao et al.,
-arXiv 2410.14672). Unlike the reference, exactly the masked tokens are drawn, on the schedule of
-their own number, and a known token never changes.
-"""
+"""Mode `edit`: BiGR's zero-shot applications on the user's own picture (`samplers.edits`)."""
 
 import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
@@ -18,110 +12,115 @@ from PIL import Image
 from bitgen import __version__
 from bitgen.errors import choose
 from bitgen.hub import model_directory
-from bitgen.hub.model_directory import Model
-from bitgen.images import editing, grids
+from bitgen.images import editing
 from bitgen.images.crops import center_crop
 from bitgen.images.files import write_png
+from bitgen.images.grids import sheet
 from bitgen.runtime.distributed import check_single
 from bitgen.runtime.logging import log_info
 from bitgen.runtime.mesh import make_mesh, replicated
-from bitgen.samplers.edits import KINDS, Cell, Source, check_settings, perform, read_source
+from bitgen.samplers.edits import (
+    KINDS,
+    EditInput,
+    EditResult,
+    check_settings,
+    edit_picture,
+    read_input,
+)
 
-_IN_A_ROW = 9  # pictures of the sheet
+_COLUMNS = 9  # of the sheet
 
 
 def run(config: Any, workdir: Path) -> None:
-    """Writes `edit_00.png` and on, `edit.png` with all of them, and `edit.json` below the workdir.
+    """Writes `edit_00.png` and so on, `edit.png` with all of them, and `edit.json`.
 
-    With `config.edit.blend` also `blended_00.png` and on, in the size of the user's picture. The
+    With `config.edit.blend` also `blended_00.png` and so on, in the size of the user's picture. The
     generator is `config.generator`, or the one that was trained in the workdir. Raises UserError
     for settings that do not go together, files that cannot be read, an area that marks no token or
-    all of them, labels out of range, and models that cannot do it.
+    all of them, labels out of range, and models that cannot edit.
     """
-    # ---- What was asked for, checked before anything large is loaded ----
+    # ------------------------------------------------- settings, checked before models are loaded
     check_single("--mode=edit")
     settings = config.edit
     kind = choose("kind of edit", settings.kind, KINDS)
     check_settings(settings, kind)
-    source = read_source(settings, kind)
+    source = read_input(settings, kind)
 
-    # ---- Models ----
+    # ------------------------------------------------------------------------------------ models
     mesh = make_mesh(**config.mesh)
     generator, tokenizer = model_directory.load_pair(config, workdir, replicated(mesh))
 
-    # ---- Drawing ----
-    drawn = perform(config, source, generator, tokenizer, mesh)
-    images = drawn.images
-    blended = [blend_view(settings.kind, source, image) for image in images if settings.blend]
-
-    # ---- Results ----
+    # ----------------------------------------------------------------------------- draw and write
+    result = edit_picture(config, source, generator, tokenizer, mesh)
+    blended = []
+    if settings.blend:
+        blended = [blend_view(settings.kind, source, image) for image in result.images]
+    drawn = [int(mask.sum()) for masks in result.job.rounds for mask in masks]
     report = {
         "bitgen": __version__,
         "edit": settings.to_dict(),
-        "classes": drawn.labels,
+        "classes": result.labels,
         "seed": config.seed,
-        "plan": dataclasses.asdict(drawn.plan),
+        "plan": dataclasses.asdict(result.plan),
         "generator": _identity(generator),
         "tokenizer": _identity(tokenizer),
         "tokens": int(np.prod(generator.module.grid)),
-        "tokens_drawn": sum(int(mask.sum()) for masks in drawn.work.rounds for mask in masks),
-        "passes": [int(mask.sum()) for masks in drawn.work.rounds for mask in masks],
-        "images": drawn.names,
+        "tokens_drawn": sum(drawn),
+        "passes": drawn,
     }
-    if jax.process_index() == 0:
-        write(workdir, drawn.inputs, images, blended, report)
-    counts = f"{report['tokens_drawn']} tokens drawn a variant, the grid has {report['tokens']}"
-    log_info(f"wrote {workdir / 'edit.png'}: {len(images)} images, {counts}")
+    write(workdir, result, blended, report)
+    counts = f"{sum(drawn)} tokens drawn a variant, the grid has {report['tokens']}"
+    log_info(f"wrote {workdir / 'edit.png'}: {len(result.images)} images, {counts}")
 
 
 def blend_view(
-    kind: str, source: Source, view: UInt8[np.ndarray, "S S 3"]
+    kind: str, source: EditInput, view: UInt8[np.ndarray, "S S 3"]
 ) -> UInt8[np.ndarray, "H W 3"]:
     """Returns the user's whole picture with what was drawn blended into it.
 
-    As in BiGR's script the drawn area is blended into the original, and when outpainting the kept
+    As in BiGR's script the drawn area is blended into the original or, when outpainting, the kept
     area into what was drawn.
     """
     assert source.picture is not None
     assert source.area is not None
     left, top, side = square = editing.crop_square(source.picture, len(view))
-    seen = np.zeros_like(source.area)
-    seen[top : top + side, left : left + side] = True
+    visible = np.zeros_like(source.area)
+    visible[top : top + side, left : left + side] = True
     original = np.asarray(source.picture)
     drawn = editing.paste_crop(source.picture, square, view)
     pair = (drawn, original) if kind == "outpaint" else (original, drawn)
-    return editing.blend(*pair, source.area & seen)
+    return editing.blend(*pair, source.area & visible)
 
 
 def write(
     workdir: Path,
-    inputs: list[Cell],
-    images: UInt8[np.ndarray, "i S S 3"],
+    result: EditResult,
     blended: list[UInt8[np.ndarray, "H W 3"]],
     report: dict[str, Any],
 ) -> None:
     """Writes all files in place of an earlier edit's; `edit.json` is the last."""
     (workdir / "edit.json").unlink(missing_ok=True)
-    for name in ("edit_[0-9]*.png", "blended_[0-9]*.png"):
-        for old in workdir.glob(name):
+    for pattern in ("edit_[0-9]*.png", "blended_[0-9]*.png"):
+        for old in workdir.glob(pattern):
             old.unlink()
-    cells, blends = [], []
-    for image, name in zip(images, report["images"], strict=True):
-        write_png(workdir / name["file"], image)
-        detail = [f"{key} {value:g}" for key, value in name.items() if key in ("ratio", "round")]
-        cells.append((", ".join([f"variant {name['variant']}", *detail]), image))
-    for image, name in zip(blended, report["images"] if blended else [], strict=True):
-        write_png(workdir / name["blended"], image)
-        view = center_crop(Image.fromarray(image), images.shape[1])
-        blends.append((f"blended {name['variant']}", view))
-    # A variant of several rounds is a row; of a long interpolation several.
-    columns = report["edit"]["rounds"] if report["edit"]["kind"] == "enrich" else _IN_A_ROW
-    rows = [inputs] if inputs else []
+    names, cells, blends = [], [], []
+    for i, (image, detail) in enumerate(zip(result.images, result.details, strict=True)):
+        names.append({**detail, "file": f"edit_{i:02d}.png"})
+        write_png(workdir / f"edit_{i:02d}.png", image)
+        cells.append((", ".join(f"{key} {value:g}" for key, value in detail.items()), image))
+        if blended:
+            names[-1]["blended"] = f"blended_{i:02d}.png"
+            write_png(workdir / f"blended_{i:02d}.png", blended[i])
+            view = center_crop(Image.fromarray(blended[i]), image.shape[0])
+            blends.append((f"blended {detail['variant']}", view))
+    # A variant of several rounds is one row, a long interpolation several rows.
+    columns = report["edit"]["rounds"] if report["edit"]["kind"] == "enrich" else _COLUMNS
+    rows = [result.inputs] if result.inputs else []
     for part in (cells, blends):
         rows += [part[i : i + columns] for i in range(0, len(part), columns)]
-    write_png(workdir / "edit.png", grids.sheet(rows))
-    (workdir / "edit.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_png(workdir / "edit.png", sheet(rows))
+    (workdir / "edit.json").write_text(json.dumps({**report, "images": names}, indent=2) + "\n")
 
 
-def _identity(model: Model) -> dict[str, Any]:
+def _identity(model: model_directory.Model) -> dict[str, Any]:
     return {"path": model.path, **{name: model.info.get(name) for name in ("family", "digest")}}

@@ -12,7 +12,7 @@ from bitgen import data
 from bitgen.data.packed import PackedWriter, pack_bits
 from bitgen.hub import model_directory
 from bitgen.images.pixels import from_uint8
-from bitgen.runtime.distributed import check_mesh, gather, local_rows, on_first, pad_rows
+from bitgen.runtime.distributed import FirstProcessWriter, check_mesh, gather, gather_rows, pad_rows
 from bitgen.runtime.logging import log_info
 from bitgen.runtime.mesh import BATCH, make_mesh, replicated, round_up_batch, to_device
 from bitgen.runtime.progress import ProgressBar
@@ -34,8 +34,10 @@ def _run(config: Any, workdir: Path, watch: Watchdog) -> None:
     source = config.data.copy_and_resolve_references()
     source.split, source.image_size = settings.split, tokenizer.module.image_size
     size = round_up_batch(settings.batch_size, mesh)
-    places = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    batches = data.make_batches(source, batch_size=size, seed=config.seed, training=False, **places)
+    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    batches = data.make_batches(
+        source, batch_size=size, seed=config.seed, training=False, **processes
+    )
     module, total = tokenizer.module, batches.num_examples
     meta = {
         "grid": list(module.grid),
@@ -48,13 +50,8 @@ def _run(config: Any, workdir: Path, watch: Watchdog) -> None:
         "tokenizer": model_directory.identity(config.tokenizer),
         "source": {k: source[k] for k in ("source", "path", "builder", "split", "holdout")},
     }
-    writer: list[PackedWriter] = []  # of the first process
-
-    def open_writer() -> int:
-        writer.append(PackedWriter(workdir / "bits", meta))
-        return writer[0].next_index
-
-    begin = on_first(open_writer)
+    writer = FirstProcessWriter(lambda: PackedWriter(workdir / "bits", meta))
+    first = writer.next_index
 
     def encode(params, images):
         images = from_uint8(images)
@@ -65,27 +62,24 @@ def _run(config: Any, workdir: Path, watch: Watchdog) -> None:
     program = jax.jit(
         jax.shard_map(encode, mesh=mesh, in_specs=(P(), BATCH), out_specs=BATCH, check_vma=False)
     )
-    if begin:
-        log_info(f"{workdir / 'bits'} goes on at image {begin} of {total}")
+    if first:
+        log_info(f"resuming {workdir / 'bits'} at image {first} of {total}")
         batches.close()
         batches = data.make_batches(
-            source, batch_size=size, seed=config.seed, training=False, start=begin, **places
+            source, batch_size=size, seed=config.seed, training=False, start=first, **processes
         )
     rows = size // jax.process_count()
-    with ProgressBar("tokenized", total, first=begin) as bar:
+    with ProgressBar("tokenized", total, first=first) as bar:
         for batch in batches:
-            watch.report(f"encoding after {bar.done} images", slow=bar.done == begin)
-            images = batch["image"]
-            placed = to_device({"image": pad_rows(images, rows)}, mesh)
-            packed = gather(local_rows(program(tokenizer.params, placed["image"])))
-            real = gather(np.arange(rows) < len(images))
-            label, index = (
-                gather(pad_rows(batch[name], rows))[real] for name in ("label", "index")
-            )
-            if writer:
-                writer[0].add(packed[real], label, index)
+            watch.report(f"encoding after {bar.done} images", slow=bar.done == first)
+            real = len(batch["image"])
+            placed = to_device({"image": pad_rows(batch["image"], rows)}, mesh)
+            packed = program(tokenizer.params, placed["image"])
+            label, index = (pad_rows(batch[name], rows) for name in ("label", "index"))
+            packed, label, index = gather_rows((packed, label, index), real)
+            writer.add(packed, label, index)
             bar.add(len(index))
     watch.report("completing the bits", slow=True)
     broken = int(gather(np.asarray([batches.counts()["broken"]])).sum())
-    on_first(lambda: writer[0].finish(broken))
+    writer.finish(broken)
     log_info(f"wrote {workdir / 'bits'}: {total} images, {settings.views} view(s) each")

@@ -235,6 +235,31 @@ def on_first(function: Callable[[], T]) -> T:
     return found["value"]
 
 
+class FirstProcessWriter:
+    """A writer that the first process alone has; every process must make the same calls."""
+
+    def __init__(self, open_writer: Callable[[], Any]):
+        """Opens the writer, which has `next_index`, `add(rows, ...)` and `finish()`."""
+        opened: list[Any] = []
+
+        def open_here() -> int:
+            opened.append(open_writer())
+            return opened[0].next_index
+
+        self.next_index: int = on_first(open_here)
+        self.writer = opened[0] if opened else None
+
+    def add(self, rows: Any, *others: Any) -> None:
+        """Writes the rows that follow `next_index`."""
+        self.next_index += len(rows)
+        if self.writer is not None:
+            self.writer.add(rows, *others)
+
+    def finish(self, *arguments: Any) -> Any:
+        """Completes what is written; returns on every process what the writer returns (JSON)."""
+        return on_first(lambda: self.writer.finish(*arguments) if self.writer else None)
+
+
 def barrier(where: str) -> None:
     """Returns when every process has come here, which each does once by that name.
 
@@ -254,6 +279,16 @@ def gather(rows: np.ndarray) -> np.ndarray:
         return rows
     found = np.asarray(multihost_utils.process_allgather(rows))
     return found.reshape(-1, *rows.shape[1:])
+
+
+def gather_rows(batch: Any, real: int) -> Any:
+    """Returns the rows of every process in order, of each the first `real` of its own.
+
+    `batch` is a tree of arrays on the devices, or of each process's own rows, padded to one length.
+    """
+    rows = jax.tree.map(local_rows, batch)
+    mask = gather(np.arange(len(jax.tree.leaves(rows)[0])) < real)
+    return jax.tree.map(lambda x: gather(x)[mask], rows)
 
 
 def place(tree: Any, shardings: Any) -> Any:
@@ -353,7 +388,7 @@ def pad_rows(rows: np.ndarray, count: int) -> np.ndarray:
 
 def local_rows(value: jax.Array) -> np.ndarray:
     """Returns the rows of a batch that are on this process's devices, in order."""
-    if value.is_fully_addressable:
+    if not isinstance(value, jax.Array) or value.is_fully_addressable:
         return np.asarray(value)
     shards = {shard.index[0].start or 0: shard.data for shard in value.addressable_shards}
     return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])

@@ -1,7 +1,7 @@
-"""The autoregressive sampler of BitDance: one group of tokens after another, with a cache.
+"""BitDance's autoregressive sampler: one group of tokens after another, with a key-value cache.
 
-The layers are applied one by one on unstacked parameters, because slicing stacked ones would copy
-every weight for every token.
+The layers are applied one by one on unstacked parameters, because slicing stacked parameters would
+copy every weight for every token.
 """
 
 import dataclasses
@@ -110,20 +110,18 @@ def sample_bits(
 
 
 def prepare(generator: Any, params: Any, platform: str = "") -> Prepared:
-    """Returns parameters as the loops of a platform read them: layers unstacked, kernels cast.
+    """Returns parameters in the layout that the loops read: layers unstacked, kernels cast.
 
-    On a CPU also kernels features first, which takes as long as a few groups: worth doing once for
-    many calls. The platform '' is that of the devices here.
+    On a CPU kernels are transposed too, which takes as long as a few groups: do it once for many
+    calls. `platform` is that of the devices by default.
     """
-    first = (platform or jax.default_backend()) == "cpu"
+    transposed = (platform or jax.default_backend()) == "cpu"
     params = cast_kernels(params, generator.dtype)
     block, group = generator.block(), _one_group(generator)
-    stacked = jax.vmap(lambda layer: _variables(block, layer, features_first, *group))(
-        params["layers"]
-    )
+    stacked = jax.vmap(lambda layer: _variables(block, layer, transposed, *group))(params["layers"])
     layers = (jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(generator.layers))
     rest = {name: value for name, value in params.items() if name != "layers"}
-    return Prepared(_variables(generator, rest, first, method=_all_products), tuple(layers))
+    return Prepared(_variables(generator, rest, transposed, method=_all_products), tuple(layers))
 
 
 def start(
@@ -177,10 +175,10 @@ def _through_layers(generator, prepared, caches, x, position, index):
     return tuple(after), cond
 
 
-def _variables(module, params, features_first, *group, method=None):
-    """-> the parameters and, if features_first, the kernels that a pass over one group stores."""
+def _variables(module, params, transposed, *group, method=None):
+    """-> the parameters and, if transposed, the kernels that a pass over a group transposes."""
     variables = {"params": params}
-    if not features_first:
+    if not transposed:
         return variables
     _, stored = module.apply(variables, *group, method=method, mutable=[FEATURES_FIRST])
     return {**variables, **stored}

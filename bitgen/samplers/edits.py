@@ -1,4 +1,4 @@
-"""Mode `edit`: BiGR's zero-shot applications on the user's own picture.
+"""BiGR's zero-shot edits of a user's picture: what is asked for, and which tokens are drawn again.
 
 Inpaint, outpaint, class-conditional edit, class interpolation and enrichment (Hao et al.,
 arXiv 2410.14672). Unlike the reference, exactly the masked tokens are drawn, on the schedule of
@@ -10,28 +10,29 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Bool, UInt8
 from PIL import Image
 
 from bitgen.errors import UserError
 from bitgen.generators.bigr import BiGR
-from bitgen.hub.model_directory import Model
-from bitgen.images import editing, inputs
 from bitgen.images.crops import center_crop
+from bitgen.images.editing import crop_area, reduced_view, require_opencv
+from bitgen.images.inputs import box_area, read_area, read_picture
 from bitgen.labels import class_names_of, parse_labels
 from bitgen.runtime.logging import log_info
 from bitgen.samplers import redraw
 from bitgen.samplers.masked import MaskedPlan
 
-Cell = tuple[str, UInt8[np.ndarray, "S S 3"]]
+Cell = tuple[str, UInt8[np.ndarray, "S S 3"]]  # a caption and a picture
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What a kind of edit reads of `config.edit`, and the settings of BiGR's script for it."""
+    """The fields of `config.edit` that a kind of edit reads, and the defaults of BiGR's script."""
 
     needs: tuple[str, ...]
-    takes: tuple[str, ...] = ()  # beyond those
+    takes: tuple[str, ...] = ()  # beyond those that it needs
     variants: int = 8
     iterations: int = 25
     guidance: float = 2.5
@@ -48,32 +49,40 @@ KINDS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-    """The user's picture and the area marked on it, where the kind has them."""
+class EditInput:
+    """The user's picture and the area marked on it, for the kinds that have them."""
 
     picture: Image.Image | None = None
     area: Bool[np.ndarray, "H W"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawn:
-    """What an edit made, and of what."""
+class EditResult:
+    """The images that an edit made, and what it made them from."""
 
     images: UInt8[np.ndarray, "i S S 3"]
-    names: list[dict[str, Any]]  # of each image: its file, and which it is
+    details: list[dict[str, Any]]  # of each image: variant, and ratio or round
     inputs: list[Cell]  # what the model saw
     labels: list[int]
-    work: redraw.Work
+    job: redraw.RedrawJob
     plan: MaskedPlan
 
 
-def perform(
-    config: Any, source: Source, generator: Model, tokenizer: Model, mesh: Any, mask: Any = None
-) -> Drawn:
-    """Returns what `config.edit` asks for, drawn; `check_settings` has passed.
+def edit_picture(
+    config: Any, source: EditInput, generator: Any, tokenizer: Any, mesh: Mesh, mask: Any = None
+) -> EditResult:
+    """Returns the edit that `config.edit` asks for, whose settings `check_settings` has passed.
 
-    `mask` [h, w] are the tokens to draw; by default those of the area. Raises UserError for a
-    generator that cannot edit, classes that it does not have, and an area of no token or all.
+    Args:
+      config: its `edit`, `sampler` and `seed` are read.
+      source: the picture and the area.
+      generator: a loaded BiGR.
+      tokenizer: a loaded tokenizer.
+      mesh: devices that share the work.
+      mask: tokens to draw, bool [h, w]; by default those of the area.
+
+    Raises UserError for a generator of another family, classes that it does not have, and an area
+    that marks no token or all of them.
     """
     settings = config.edit
     if not isinstance(generator.module, BiGR):
@@ -84,27 +93,23 @@ def perform(
     size = tokenizer.module.image_size
     if mask is None and source.area is not None:
         mask = token_mask(settings.kind, source.area, size, generator.module.grid)
-    known, inputs = look(settings, source, tokenizer, mesh)
+    known, inputs = encode_input(settings, source, tokenizer, mesh)
     if mask is not None:
         inputs.insert(1, ("redrawn", _picture_of(mask, size)))
-    work, names = prepare(config, generator, labels, known, mask)
+    job, details = plan_edit(config, generator, labels, known, mask)
     if settings.guidance > 1 and not labels:
         log_info("no class is given, so there is nothing to guide towards: guidance is off")
-    plan = plan_of(config, guided=bool(labels))
-    _, images = redraw.draw(
-        (generator.module, generator.params),
-        (tokenizer.module, tokenizer.params),
-        work,
-        plan,
-        mesh,
-        seed=config.seed,
-        batch_size=settings.batch_size,
+    plan = make_edit_plan(config, guided=bool(labels))
+    _, images = redraw.redraw_images(
+        generator, tokenizer, job, plan, mesh, seed=config.seed, batch_size=settings.batch_size
     )
-    return Drawn(images.reshape(-1, *images.shape[2:]), names, inputs, labels, work, plan)
+    images = images.reshape(-1, *images.shape[2:])
+    return EditResult(images, details, inputs, labels, job, plan)
 
 
+# --------------------------------------------------------------------------- what is asked for
 def check_settings(settings: Any, kind: Kind) -> None:
-    """Raises UserError for what `config.edit` lacks, has too much, or has out of range."""
+    """Raises UserError for fields of `config.edit` that are missing, unused or out of range."""
     given = {
         "image": settings.image,
         "area": settings.mask or settings.box,
@@ -128,31 +133,62 @@ def check_settings(settings: Any, kind: Kind) -> None:
     if settings.steps == 1:
         raise UserError("config.edit.steps must be 2 or more, or 0 for the steps of BiGR")
     if settings.blend:
-        editing.require_opencv()
+        require_opencv()
 
 
-def read_source(settings: Any, kind: Kind) -> Source:
+def read_input(settings: Any, kind: Kind) -> EditInput:
     """Returns the picture, and the area that the mask or the box marks on it.
 
     Raises UserError if a file cannot be read, the mask has another size than the picture, the box
-    is not inside of it, or nothing is marked.
+    is not inside the picture, or nothing is marked.
     """
     if "image" not in kind.needs:
-        return Source()
-    picture = inputs.read_picture(settings.image)
+        return EditInput()
+    picture = read_picture(settings.image)
     if "area" not in kind.needs:
-        return Source(picture)
-    if settings.mask:
-        area = inputs.read_area(settings.mask, picture)
-    else:
-        area = inputs.box_area(settings.box, picture)
+        return EditInput(picture)
+    if settings.box:
+        return EditInput(picture, box_area(settings.box, picture))
+    area = read_area(settings.mask, picture)
     if not area.any():
         raise UserError(f"the mask {settings.mask} marks nothing: paint the area white")
-    return Source(picture, area)
+    return EditInput(picture, area)
 
 
-def look(
-    settings: Any, source: Source, tokenizer: Model, mesh: Any
+def read_labels(settings: Any, generator: Any) -> list[int]:
+    """Returns the classes of `config.edit.label` or `labels`; [] stands for the null class.
+
+    Raises UserError for a class that the generator does not have, or a wrong number of classes.
+    """
+    name, count = ("labels", 2) if settings.kind == "interpolate" else ("label", 1)
+    if not settings[name]:
+        return []
+    names = class_names_of(generator.info)
+    labels = parse_labels(settings[name], generator.module.num_classes, names).tolist()
+    if len(labels) != count:
+        raise UserError(
+            f"config.edit.{name} takes {count} of the model's classes, got {settings[name]!r}"
+        )
+    return labels
+
+
+def make_edit_plan(config: Any, guided: bool) -> MaskedPlan:
+    """Returns the sampler's settings: of `config.edit`, else of its kind, else `config.sampler`."""
+    settings, kind = config.edit, KINDS[config.edit.kind]
+    fields = {
+        **config.sampler,
+        "iterations": settings.iterations or kind.iterations,
+        # Guiding the null class away from itself does nothing, at twice the price.
+        "guidance": (settings.guidance or kind.guidance) if guided else 1.0,
+        "order": settings.order or kind.order,
+        "gumbel": settings.gumbel,
+    }
+    return MaskedPlan(**fields)
+
+
+# --------------------------------------------------------------------------- what is drawn again
+def encode_input(
+    settings: Any, source: EditInput, tokenizer: Any, mesh: Mesh
 ) -> tuple[Bool[np.ndarray, "h w k"], list[Cell]]:
     """Returns the bits to start from, and pictures of what the model sees."""
     module = tokenizer.module
@@ -161,87 +197,21 @@ def look(
     cells = [("original", center_crop(source.picture, module.image_size))]
     if settings.kind == "enrich":
         rate = settings.downsample
-        view = editing.reduced_view(source.picture, module.image_size, rate)
+        view = reduced_view(source.picture, module.image_size, rate)
         cells.append((f"1/{rate} resolution", view))
     bits, decoded = redraw.encode_view(module, tokenizer.params, cells[-1][1], mesh)
     return bits, [*cells, ("reconstruction", decoded)]
 
 
-def read_labels(settings: Any, generator: Model) -> list[int]:
-    """Returns the classes of `config.edit.label` or `labels`; none stands for the null class.
-
-    Raises UserError for one that the generator does not have, or another number of them.
-    """
-    name, count = ("labels", 2) if settings.kind == "interpolate" else ("label", 1)
-    if not settings[name]:
-        return []
-    names = class_names_of(generator.info)
-    module: Any = generator.module
-    labels = parse_labels(settings[name], module.num_classes, names).tolist()
-    if len(labels) != count:
-        raise UserError(
-            f"config.edit.{name} takes {count} of the model's classes, got {settings[name]!r}"
-        )
-    return labels
-
-
-def prepare(
-    config: Any,
-    generator: Model,
-    labels: list[int],
-    known: Bool[np.ndarray, "h w k"],
-    mask: Any,
-) -> tuple[redraw.Work, list[dict[str, Any]]]:
-    """Returns what to draw, and for each picture that comes out its file name and what it is.
-
-    `mask` [h, w] are the tokens to draw, for the kinds that take an area.
-    """
-    settings = config.edit
-    module: Any = generator.module
-    details: list[dict[str, Any]] = [{}]  # of the pictures of one variant
-    if settings.kind == "interpolate":
-        ratios = redraw.mixing_ratios(settings.steps)
-        first, second = labels
-        classes = redraw.mix_classes(module, generator.params, first, second, ratios)
-        details = [{"ratio": round(float(ratio), 4)} for ratio in ratios]
-        rounds = [[np.ones(module.grid, bool)]]
-    else:
-        null = module.num_classes
-        classes = module.apply(
-            {"params": generator.params}, jnp.array(labels or [null]), method="embed_labels"
-        )
-        rounds = [[mask]]
-    if settings.kind == "enrich":
-        # One order of the blocks for all variants, another in each round.
-        rngs = [np.random.default_rng([config.seed, i]) for i in range(settings.rounds)]
-        rounds = [redraw.block_masks(module.grid, settings.downsample, rng) for rng in rngs]
-        details = [{"round": i + 1} for i in range(settings.rounds)]
-    variants = settings.variants or KINDS[settings.kind].variants
-    names: list[dict[str, Any]] = [
-        {"variant": i, **detail} for i in range(variants) for detail in details
-    ]
-    work = redraw.Work(
-        classes=jnp.tile(classes, (variants, 1)),
-        # All mixtures of one variant share its key.
-        indices=np.repeat(np.arange(variants), len(classes)),
-        known=known,
-        rounds=rounds,
-    )
-    for i, name in enumerate(names):
-        name["file"] = f"edit_{i:02d}.png"
-        if settings.blend:
-            name["blended"] = f"blended_{i:02d}.png"
-    return work, names
-
-
 def token_mask(
     kind: str, area: Bool[np.ndarray, "H W"], size: int, grid: tuple[int, int]
 ) -> Bool[np.ndarray, "h w"]:
-    """Returns the tokens to draw for an area of the picture that is cropped to `size` x `size`.
+    """Returns the tokens to draw for an area of a picture that is cropped to `size` x `size`.
 
-    Those in the area, or for outpainting all others. Raises UserError if that is none or all.
+    These are the tokens in the area or, for outpainting, all others. Raises UserError if the area
+    marks no token or all of them.
     """
-    marked = redraw.cells_of(editing.crop_area(area, size), grid)
+    marked = redraw.cells_of(crop_area(area, size), grid)
     cells = f"{grid[0]}x{grid[1]} tokens of the centre crop"
     if not marked.any():
         raise UserError(f"the marked area holds none of the {cells}: make it larger, or move it")
@@ -251,18 +221,42 @@ def token_mask(
     return ~marked if kind == "outpaint" else marked
 
 
-def plan_of(config: Any, guided: bool) -> MaskedPlan:
-    """Returns the sampler's settings: `config.edit` or else its kind's, and `config.sampler`."""
-    settings, kind = config.edit, KINDS[config.edit.kind]
-    fields = {
-        **config.sampler,
-        "iterations": settings.iterations or kind.iterations,
-        # Guided away from itself the null class goes nowhere, at twice the price.
-        "guidance": (settings.guidance or kind.guidance) if guided else 1.0,
-        "order": settings.order or kind.order,
-        "gumbel": settings.gumbel,
-    }
-    return MaskedPlan(**fields)
+def plan_edit(
+    config: Any,
+    generator: Any,
+    labels: list[int],
+    known: Bool[np.ndarray, "h w k"],
+    mask: Any,
+) -> tuple[redraw.RedrawJob, list[dict[str, Any]]]:
+    """Returns the job for the sampler, and for each image that it makes which one it is.
+
+    `mask` [h, w] has the tokens to draw, for the kinds that take an area.
+    """
+    settings, module = config.edit, generator.module
+    details: list[dict[str, Any]] = [{}]  # of the images of one variant
+    if settings.kind == "interpolate":
+        ratios = redraw.mixing_ratios(settings.steps)
+        classes = redraw.mix_classes(module, generator.params, labels[0], labels[1], ratios)
+        details = [{"ratio": round(float(ratio), 4)} for ratio in ratios]
+        rounds = [[np.ones(module.grid, bool)]]
+    else:
+        label = jnp.array(labels or [module.num_classes])
+        classes = module.apply({"params": generator.params}, label, method="embed_labels")
+        rounds = [[mask]]
+    if settings.kind == "enrich":
+        # All variants share one order of the blocks, another in each round.
+        rngs = [np.random.default_rng([config.seed, i]) for i in range(settings.rounds)]
+        rounds = [redraw.block_masks(module.grid, settings.downsample, rng) for rng in rngs]
+        details = [{"round": i + 1} for i in range(settings.rounds)]
+    variants = settings.variants or KINDS[settings.kind].variants
+    job = redraw.RedrawJob(
+        classes=jnp.tile(classes, (variants, 1)),
+        # All mixtures of one variant share its key.
+        indices=np.repeat(np.arange(variants), len(classes)),
+        known=known,
+        rounds=rounds,
+    )
+    return job, [{"variant": i, **detail} for i in range(variants) for detail in details]
 
 
 def _picture_of(mask: Bool[np.ndarray, "h w"], size: int) -> UInt8[np.ndarray, "S S 3"]:

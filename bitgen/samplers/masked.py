@@ -1,8 +1,8 @@
-"""The masked sampler of BiGR: all bits of a few tokens at a time, the most certain first.
+"""BiGR's masked sampler (arXiv 2410.14672): a few tokens at a time, the most confident first.
 
-Each iteration runs the transformer once over the image, draws the bits of every token that is
-still masked with the Bernoulli head, and keeps those of the tokens whose probabilities are
-farthest from one half (MaskGIT's cosine schedule, Chang et al. 2022).
+Each iteration runs the transformer once over the image, draws the bits of every masked token with
+the Bernoulli head, and keeps the tokens whose probabilities are farthest from one half. How many
+it keeps follows MaskGIT's cosine schedule (Chang et al. 2022).
 """
 
 import dataclasses
@@ -35,17 +35,17 @@ class MaskedPlan:
 
 
 @dataclasses.dataclass(frozen=True)
-class Iterations:
-    """What the plan fixes for each iteration that draws at least one token."""
+class Schedule:
+    """What each iteration does; static. Iterations that would draw no token are left out."""
 
-    counts: Int[np.ndarray, " i"]  # tokens drawn
-    left: Int[np.ndarray, " i"]  # tokens still masked before it
+    counts: Int[np.ndarray, " i"]  # tokens that it draws
+    left: Int[np.ndarray, " i"]  # masked tokens before it
     guidance: Float[np.ndarray, " i"]
     gumbel: Float[np.ndarray, " i"]
 
 
-def iterations(plan: MaskedPlan, tokens: int) -> Iterations:
-    """Returns the schedule over `tokens` masked tokens; iterations that draw none are left out.
+def make_schedule(plan: MaskedPlan, tokens: int) -> Schedule:
+    """Returns the schedule for an image of `tokens` masked tokens.
 
     Raises UserError for an impossible setting.
     """
@@ -61,7 +61,7 @@ def iterations(plan: MaskedPlan, tokens: int) -> Iterations:
     after = np.floor(shares[plan.order] * tokens).astype(int)
     before = np.concatenate([[tokens], after[:-1]])
     drawn = before > after
-    return Iterations(
+    return Schedule(
         counts=(before - after)[drawn],
         left=before[drawn],
         guidance=guidance_schedule(plan.guidance, plan.guidance_schedule, ratios)[drawn],
@@ -93,8 +93,8 @@ def sample_bits(
       masked: that number, which must be static.
     """
     params = cast_kernels(params, generator.dtype)
-    classes, state, parts = begin(generator, params, classes, plan, known, mask, masked)
-    for window, xs in parts:
+    classes, state, segments = init_loop(generator, params, classes, plan, known, mask, masked)
+    for window, xs in segments:
 
         def body(state, x, window=window):
             return iteration(generator, params, classes, keys, plan, window, state, x), None
@@ -103,10 +103,12 @@ def sample_bits(
     return state[0].reshape(len(classes), *generator.grid, generator.bits)
 
 
-def begin(generator: Any, params, classes, plan: MaskedPlan, known=None, mask=None, masked=None):
-    """Returns class embeddings [b, d], the first state of `iteration`, and the parts of the loop.
+def init_loop(
+    generator: Any, params, classes, plan: MaskedPlan, known=None, mask=None, masked=None
+):
+    """Returns class embeddings [b, d], the first state of `iteration`, and the loop's segments.
 
-    A part is a window and the x of each of its iterations, stacked. Arguments as of `sample_bits`.
+    A segment is its window and the stacked x of its iterations. Arguments as in `sample_bits`.
     """
     b, n, k = len(classes), generator.tokens, generator.bits
     if classes.ndim == 1:
@@ -115,21 +117,16 @@ def begin(generator: Any, params, classes, plan: MaskedPlan, known=None, mask=No
         jnp.zeros((b, n, k), bool) if known is None else known.reshape(b, n, k),
         jnp.ones((b, n), bool) if mask is None else mask.reshape(b, n),
     )
-    schedule = iterations(plan, n if mask is None else masked or 0)
-    total, parts = len(schedule.counts), []
+    schedule = make_schedule(plan, n if mask is None else masked or 0)
+    total, segments = len(schedule.counts), []
     for part in np.array_split(np.arange(total), min(plan.segments, total)):
-        xs = (
-            jnp.asarray(part),
-            jnp.asarray(schedule.counts[part]),
-            jnp.asarray(schedule.guidance[part]),
-            jnp.asarray(schedule.gumbel[part]),
-        )
-        parts.append((int(schedule.left[part[0]]), xs))
-    return classes, state, parts
+        xs = (part, schedule.counts[part], schedule.guidance[part], schedule.gumbel[part])
+        segments.append((int(schedule.left[part[0]]), tuple(map(jnp.asarray, xs))))
+    return classes, state, segments
 
 
 def iteration(generator: Any, params, classes, keys, plan: MaskedPlan, window: int, state, x):
-    """One step: (bits [b,n,k], mask [b,n]) -> the same with `count` tokens drawn.
+    """Draws `count` tokens: state (bits [b, n, k], mask [b, n]) -> the state after it.
 
     `window` is at least the number of masked tokens; x is (index, count, guidance, gumbel).
     """
@@ -138,7 +135,7 @@ def iteration(generator: Any, params, classes, keys, plan: MaskedPlan, window: i
     head_keys, gumbel_keys, draw_keys = _split(keys, index)
     cond, uncond = _conditioning(generator, params, bits, mask, classes, plan)
 
-    # Masked tokens first: the head only sees the window, the rest is known. [b, window]
+    # The head sees the window alone: masked tokens, then known ones if they are fewer. [b, window]
     where = jnp.argsort(~mask, axis=1, stable=True)[:, :window]
     candidate = jnp.take_along_axis(mask, where, axis=1)
     probs = generator.apply(

@@ -1,5 +1,6 @@
 """Training a generator: bits from a frozen tokenizer or from disk, masked or in order."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,9 +18,9 @@ from bitgen.evaluation.image_sets import pixels
 from bitgen.hub import model_directory
 from bitgen.images.grids import grid
 from bitgen.images.pixels import from_uint8, to_uint8
-from bitgen.runtime.distributed import fetch_global, local_rows, pad_rows, place
+from bitgen.runtime.distributed import local_rows, pad_rows, place
 from bitgen.runtime.mesh import make_mesh, replicated, to_device
-from bitgen.samplers.images import image_keys, image_sampler, make_plan
+from bitgen.samplers.images import make_plan, sample_images
 from bitgen.training import optim
 from bitgen.training.fid import data_pass
 from bitgen.training.state import TrainState, ema_update, with_params
@@ -143,23 +144,27 @@ class GeneratorTask:
         del batch
         if not self.config.tokenizer:
             return {}
-        tokenizer = self.tokenizer
-        count = self.config.train.preview_images
-        count = -(-count // jax.device_count()) * jax.device_count()
-        classes = self.module.num_classes
+        count, classes = self.config.train.preview_images, self.module.num_classes
         columns = min(classes, 16, count)
-        images = self._sampler(tokenizer.module)(
-            state.ema,
-            place(tokenizer.params, replicated(make_mesh(**self.config.mesh))),
-            np.arange(count) % columns * max(classes // columns, 1),
-            image_keys(self.config.seed, np.arange(count)),
-        )
-        return {"samples": grid(fetch_global(images), columns)}
+        labels = np.arange(count) % columns * max(classes // columns, 1)
+        mesh = make_mesh(**self.config.mesh)
+        (images,) = self._sample(state.ema, labels, mesh, batch_size=count)
+        return {"samples": grid(images, columns)}
 
-    @functools.lru_cache(maxsize=1)  # noqa: B019 - a run has one task
-    def _sampler(self, tokenizer):
-        plan, mesh = make_plan(self.module, self.config.sampler), make_mesh(**self.config.mesh)
-        return image_sampler(self.module, tokenizer, plan, mesh)
+    def _sample(self, params, labels, mesh, batch_size) -> Iterator[np.ndarray]:
+        tokenizer = dataclasses.replace(
+            self.tokenizer, params=place(self.tokenizer.params, replicated(mesh))
+        )
+        return sample_images(
+            model_directory.Model(self.module, params, self.info, "of config.model"),
+            tokenizer,
+            labels,
+            make_plan(self.module, self.config.sampler),
+            mesh,
+            seed=self.config.seed,
+            batch_size=batch_size,
+            decode_batch=self.config.sample.decode_batch,
+        )
 
     def errors(
         self, params: PyTree, frozen: PyTree, batch: dict, key: jax.Array
@@ -181,33 +186,18 @@ class GeneratorTask:
     def image_maker(
         self, mesh: Mesh, rows: int, count: int
     ) -> Callable[[PyTree], Iterator[np.ndarray]]:
-        """Returns f(parameters) -> batches of `count` samples, `rows` a process, all classes alike.
+        """Returns f(parameters) -> batches of `count` samples, all classes equally often.
 
-        An image depends on `config.seed` and its place alone. Raises UserError at once if there is
-        no tokenizer that fits, or the sampler's settings are another family's.
+        Batches have `rows` rows for each process, and every process gets all of them. An image
+        depends on `config.seed` and its index alone. Raises UserError at once if no tokenizer
+        fits, or the sampler's settings are another family's.
         """
         ours = model_directory.Model(self.module, {}, self.info, "of config.model")
         model_directory.check_fit(ours, self.tokenizer)
-        plan = make_plan(self.module, self.config.sampler)
-        sampler = image_sampler(
-            self.module, self.tokenizer.module, plan, mesh, self.config.sample.decode_batch
-        )
+        make_plan(self.module, self.config.sampler)
         labels = np.arange(count) * self.module.num_classes // count
-        size, first = rows * jax.process_count(), rows * jax.process_index()
-
-        def make(params: PyTree) -> Iterator[np.ndarray]:
-            tokenizer_params = place(self.tokenizer.params, replicated(mesh))
-            for start in range(0, count, size):
-                places = np.arange(start, start + size)
-                images = sampler(
-                    params,
-                    tokenizer_params,
-                    labels[np.minimum(places, count - 1)],
-                    image_keys(self.config.seed, places),
-                )
-                yield local_rows(images)[: max(count - start - first, 0)]
-
-        return make
+        batch_size = rows * jax.process_count()
+        return lambda params: self._sample(params, labels, mesh, batch_size)
 
     def real_images(self, mesh: Mesh, rows: int, count: int) -> Iterator[np.ndarray]:
         """Yields images of the data, `rows` a batch of this process; `count` 0: all.

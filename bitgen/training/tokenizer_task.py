@@ -25,7 +25,7 @@ from bitgen.losses import adversarial
 from bitgen.losses.augment import diff_augment
 from bitgen.losses.lpips import load_lpips, lpips_distance, lpips_shapes
 from bitgen.nn.shuffle import pixel_shuffle, pixel_unshuffle
-from bitgen.runtime.distributed import fetch_global, local_rows, pad_rows, place
+from bitgen.runtime.distributed import fetch_global, gather_rows, pad_rows, place
 from bitgen.runtime.mesh import to_device
 from bitgen.training import optim
 from bitgen.training.fid import data_pass
@@ -212,12 +212,15 @@ class TokenizerTask:
     def image_maker(
         self, mesh: Mesh, rows: int, count: int
     ) -> Callable[[PyTree], Iterator[np.ndarray]]:
-        """Returns f(parameters) -> batches of reconstructions of `real_images`."""
+        """Returns f(parameters) -> batches of reconstructions of the `real_images`.
+
+        Every process gets all of them.
+        """
 
         def make(params: PyTree) -> Iterator[np.ndarray]:
             for images in self.real_images(mesh, rows, count):
                 placed = to_device({"image": pad_rows(images, rows)}, mesh)
-                yield local_rows(self._reconstruct(params, placed["image"]))[: len(images)]
+                yield gather_rows(self._reconstruct(params, placed["image"]), len(images))
 
         return make
 

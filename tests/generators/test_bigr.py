@@ -13,7 +13,7 @@ from bitgen.errors import UserError
 from bitgen.generators.bigr import BiGR
 from bitgen.runtime.mesh import make_mesh
 from bitgen.samplers.images import image_keys
-from bitgen.samplers.masked import MaskedPlan, iteration, iterations, sample_bits
+from bitgen.samplers.masked import MaskedPlan, iteration, make_schedule, sample_bits
 
 SMALL = BiGR(
     width=32,
@@ -55,7 +55,7 @@ def draw(params, labels, indices, plan=PLAN, **options):
 @pytest.mark.parametrize("count", [1, 4, 20])
 @pytest.mark.parametrize("order", ["cosine", "linear"])
 def test_schedule_draws_each_token_once(tokens, count, order):
-    schedule = iterations(MaskedPlan(iterations=count, order=order), tokens)
+    schedule = make_schedule(MaskedPlan(iterations=count, order=order), tokens)
     assert schedule.counts.sum() == tokens
     assert schedule.counts.min() > 0
     assert schedule.left[0] == tokens
@@ -63,7 +63,7 @@ def test_schedule_draws_each_token_once(tokens, count, order):
 
 
 def test_each_iteration_draws_its_count_and_keeps_the_rest(params):
-    schedule = iterations(PLAN, 16)
+    schedule = make_schedule(PLAN, 16)
     keys = image_keys(7, np.arange(3))
     classes = SMALL.apply({"params": params}, jnp.array([0, 1, 2]), method="embed_labels")
     bits, mask = jnp.zeros((3, 16, 6), bool), jnp.ones((3, 16), bool)
@@ -151,7 +151,7 @@ def test_every_schedule_runs_and_an_unknown_one_is_named(params):
     for guidance in ("constant", "linear"):
         for gumbel in ("constant", "up", "down"):
             plan = dataclasses.replace(PLAN, guidance_schedule=guidance, gumbel_schedule=gumbel)
-            assert iterations(plan, 16).guidance.dtype == np.float32
+            assert make_schedule(plan, 16).guidance.dtype == np.float32
     for field in ("guidance_schedule", "gumbel_schedule", "order"):
         with pytest.raises(UserError, match="sideways"):
             draw(params, [0], [0], dataclasses.replace(PLAN, **{field: "sideways"}))

@@ -65,7 +65,7 @@ def test_memory_for_devices_that_are_not_here(tmp_path, capsys):
 def test_memory_says_what_to_change(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sharding, "SMALL", 32)
     c = small.tokenizer()
-    parts = sum(benchmark.memory.estimate(c, 8).values())
+    parts = sum(benchmark.memory_estimate.estimate(c, 8).values())
     tiny = devices.Device(parts, 1.0, 1.0, ())
     monkeypatch.setitem(devices.DEVICES, "tiny", tiny)
     c.benchmark.update({"kind": "memory", "device": "tiny", "devices": 8})

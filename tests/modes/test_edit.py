@@ -1,5 +1,6 @@
 """Mode `edit`: what is drawn and what stays, whatever the weights, and every bad input."""
 
+import dataclasses
 import json
 import runpy
 import sys
@@ -117,7 +118,7 @@ def settings(models, files=None, **fields) -> Any:
 
 def mask_of(c, generator, tokenizer) -> Any:
     """The tokens that the mode would draw, [h, w]."""
-    source = edits.read_source(c.edit, edits.KINDS[c.edit.kind])
+    source = edits.read_input(c.edit, edits.KINDS[c.edit.kind])
     if source.area is None:
         return None
     size = tokenizer.module.image_size
@@ -129,17 +130,20 @@ def work_of(c, loaded):
     module = loaded[0].module
     known = np.random.default_rng(0).random((*module.grid, module.bits)) < 0.5
     labels = edits.read_labels(c.edit, loaded[0])
-    work, _ = edits.prepare(c, loaded[0], labels, known, mask_of(c, *loaded))
-    return work, edits.plan_of(c, guided=bool(labels))
+    work, _ = edits.plan_edit(c, loaded[0], labels, known, mask_of(c, *loaded))
+    return work, edits.make_edit_plan(c, guided=bool(labels))
 
 
 def drawn(c, loaded, devices=1, batch_size=32):
     work, plan = work_of(c, loaded)
     mesh = make_mesh(devices=jax.devices()[:devices])
     generator, tokenizer = (
-        (model.module, jax.device_put(model.params, replicated(mesh))) for model in loaded
+        dataclasses.replace(model, params=jax.device_put(model.params, replicated(mesh)))
+        for model in loaded
     )
-    return redraw.draw(generator, tokenizer, work, plan, mesh, seed=c.seed, batch_size=batch_size)
+    return redraw.redraw_images(
+        generator, tokenizer, work, plan, mesh, seed=c.seed, batch_size=batch_size
+    )
 
 
 def read(path):
@@ -163,7 +167,7 @@ def test_known_tokens_stay_and_exactly_the_masked_are_drawn(models, loaded, file
     inside = np.zeros((8, 8), bool)
     inside[2:5, 2:5] = True
     np.testing.assert_array_equal(mask, ~inside if c.edit.kind == "outpaint" else inside)
-    draw = redraw.redrawer(loaded[0].module, plan, make_mesh())
+    draw = redraw.make_redraw(loaded[0].module, plan, make_mesh())
     classes, keys = work.classes[work.indices], image_keys(SEED, work.indices)
     known = np.repeat(work.known[None], 8, axis=0)
     bits = np.asarray(draw(loaded[0].params, classes, known, keys, mask))
@@ -192,10 +196,13 @@ def test_outpaint_draws_the_complement_of_inpaint(models, loaded, files):
 def test_guidance_needs_a_class(models, loaded, files):
     common = {"image": "picture.png", "mask": "mask.png", "variants": 2}
     free = settings(models, files, **common)
-    assert edits.plan_of(free, guided=False).guidance == 1
+    assert edits.make_edit_plan(free, guided=False).guidance == 1
     steered = settings(models, files, label="1", **common)
-    assert edits.plan_of(steered, guided=True).guidance == 2.5
-    assert edits.plan_of(settings(models, files, guidance=4.0, **common), guided=True).guidance == 4
+    assert edits.make_edit_plan(steered, guided=True).guidance == 2.5
+    assert (
+        edits.make_edit_plan(settings(models, files, guidance=4.0, **common), guided=True).guidance
+        == 4
+    )
     bits = [drawn(c, loaded)[0] for c in (free, steered)]
     assert (bits[0] != bits[1]).any()
 
@@ -210,7 +217,7 @@ def test_defaults_are_those_of_the_scripts():
         ("enrich", 20, 10.0, "linear"),
     ):
         c.edit.kind = kind
-        plan = edits.plan_of(c, guided=True)
+        plan = edits.make_edit_plan(c, guided=True)
         assert (plan.iterations, plan.guidance, plan.order) == (iterations, guidance, order)
         assert (plan.gumbel, plan.denoiser_steps) == (0, 100)
     ratios = redraw.mixing_ratios(0)
@@ -265,7 +272,7 @@ def test_enrich_draws_every_token_once_a_round(models, loaded, files):
     bits, _ = drawn(c, loaded)
     assert bits.shape == (2, 2, 8, 8, 4)
     # One pass at a time, by hand: only its tokens change, and the whole comes out the same.
-    draw = redraw.redrawer(loaded[0].module, plan, make_mesh())
+    draw = redraw.make_redraw(loaded[0].module, plan, make_mesh())
     keys, classes = image_keys(SEED, np.arange(8)), jnp.tile(work.classes[:1], (8, 1))
     state, passes = np.repeat(work.known[None], 8, axis=0), 0
     for masks, expected in zip(work.rounds, bits.swapaxes(0, 1), strict=True):
@@ -331,7 +338,7 @@ def noise(monkeypatch):
         shape = (len(work.indices), len(work.rounds), 16, 16, 3)
         return None, np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
 
-    monkeypatch.setattr(redraw, "draw", draw)
+    monkeypatch.setattr(redraw, "redraw_images", draw)
     return calls
 
 
@@ -420,14 +427,14 @@ def test_another_seed_shuffles_the_blocks_otherwise(models, loaded, files):
     ],
 )
 def test_a_whole_run_draws_from_the_picture(models, loaded, files, monkeypatch, fields, seen):
-    real, calls = redraw.draw, []
+    real, calls = redraw.redraw_images, []
 
     def draw(generator, tokenizer, work, plan, mesh, **options):
         made = real(generator, tokenizer, work, plan, mesh, **options)
         calls.append((work, *made))
         return made
 
-    monkeypatch.setattr(redraw, "draw", draw)
+    monkeypatch.setattr(redraw, "redraw_images", draw)
     edit.run(settings(models, files, image="picture.png", variants=2, **fields), files)
     ((work, bits, images),) = calls
     view = seen(inputs.read_picture(str(files / "picture.png")))

@@ -1,6 +1,5 @@
 """Mode `evaluate`: what it measures, that a killed run goes on, probes, metrics of pairs."""
 
-import functools
 import json
 import zlib
 
@@ -13,17 +12,19 @@ from PIL import Image
 
 from bitgen import build, config, data
 from bitgen.errors import UserError
-from bitgen.evaluation import feature_store, generation
+from bitgen.evaluation import feature_store
 from bitgen.evaluation.features import make_extractor
+from bitgen.evaluation.frechet import frechet_distance
 from bitgen.evaluation.image_metrics import ms_ssim, psnr, ssim
+from bitgen.evaluation.image_sets import pixels
 from bitgen.evaluation.probe import accuracy_by_layer, fit_probe
 from bitgen.hub import model_directory
 from bitgen.images.crops import center_crop
 from bitgen.images.files import write_png
 from bitgen.modes import evaluate, reconstruct, sample
 from bitgen.runtime.mesh import make_mesh
-from bitgen.samplers.images import image_sampler
-from bitgen.training.fid import data_reference, small_fid
+from bitgen.samplers import images as sampling
+from bitgen.training.fid import data_pass, image_moments
 
 
 @pytest.fixture(scope="module")
@@ -132,10 +133,7 @@ def test_folder_npz_and_data_are_one_reference(digits, tmp_path):
     assert report(tmp_path)["counts"]["reference_features"] == 5
 
 
-def test_a_generator_is_measured_as_its_samples_are(models, tmp_path, monkeypatch):
-    compiled_once = functools.cache(image_sampler)
-    for module in (sample, generation):
-        monkeypatch.setattr(module, "image_sampler", compiled_once)
+def test_a_generator_is_measured_as_its_samples_are(models, tmp_path):
     c = settings(models)
     c.sample.output = "samples.npz"
     sample.run(c, tmp_path)
@@ -173,7 +171,7 @@ def sampler_of_noise(generator, tokenizer, plan, mesh, decode_batch=0):
 
 def test_a_killed_sweep_goes_on(models, tmp_path, monkeypatch):
     monkeypatch.setattr(feature_store, "_CHUNK", 5)
-    monkeypatch.setattr(generation, "image_sampler", sampler_of_noise)
+    monkeypatch.setattr(sampling, "image_sampler", sampler_of_noise)
     c = settings(models)
     c.evaluate.scales = "1,2.5"
     evaluate.run(c, tmp_path / "whole")
@@ -303,20 +301,22 @@ def test_psnr_and_ssim_of_pairs():
 def test_fid_of_few_images_on_a_schedule(digits):
     extractor = make_extractor("random", "", make_mesh(), 64)
     settings = data.default_config()
-    reference = data_reference(settings, extractor, split="all")
-    near = small_fid([digits[:64], digits[64:100]], reference, extractor)
-    far = small_fid([255 - digits[:64], 255 - digits[64:100]], reference, extractor)
-    assert near["fid_images"] == 100
-    assert near["fid"] < 0.2 * far["fid"]
+    batches = pixels(data_pass(settings, extractor.rows, split="all"))
+    reference = image_moments(batches, extractor, shares=True).gaussian()
+
+    def fid(*batches):
+        return frechet_distance(image_moments(batches, extractor).gaussian(), reference)
+
+    near, far = fid(digits[:64], digits[64:100]), fid(255 - digits[:64], 255 - digits[64:100])
+    assert near < 0.2 * far
     noise = np.random.default_rng(0).normal(size=(100, 32, 32, 3))
-    worse = [near["fid"]]
+    worse = [near]
     for level in (20, 40, 80):  # the worse the images, the larger
         noisy = np.clip(digits[:100] + level * noise, 0, 255).astype(np.uint8)
-        worse.append(small_fid([noisy[:64], noisy[64:]], reference, extractor)["fid"])
+        worse.append(fid(noisy[:64], noisy[64:]))
     assert worse == sorted(worse)
     assert worse[-1] > 5 * worse[0]
-    whole = small_fid(np.array_split(digits, 29), reference, extractor)
-    assert whole["fid"] == pytest.approx(0, abs=1e-6)
+    assert fid(*np.array_split(digits, 29)) == pytest.approx(0, abs=1e-6)
 
 
 def test_errors_say_what_to_do(digits, models, tmp_path):

@@ -1,6 +1,5 @@
 """`config.train.fid_every`: what a run logs is what mode `evaluate` finds, also after a resume."""
 
-import functools
 import json
 import signal
 
@@ -9,12 +8,12 @@ import pytest
 from helpers import small
 
 from bitgen.errors import UserError
-from bitgen.evaluation import generation
+from bitgen.evaluation.frechet import frechet_distance
 from bitgen.hub import model_directory
 from bitgen.modes import evaluate, tokenize, train
 from bitgen.runtime.mesh import make_mesh, replicated
 from bitgen.samplers.images import image_sampler
-from bitgen.training import fid, generator_task
+from bitgen.training import fid
 from bitgen.training.generator_task import GeneratorTask
 from bitgen.training.metrics import RunLog
 
@@ -67,9 +66,7 @@ def test_rfid_is_that_of_evaluate(tokenizer):
 
 def test_fid_is_that_of_evaluate_and_goes_on_after_a_crash(tokenizer, tmp_path, monkeypatch):
     c = measured(small.generator(tokenizer / "model"))
-    compiled_once = functools.cache(image_sampler)
-    for module in (generator_task, generation):
-        monkeypatch.setattr(module, "image_sampler", compiled_once)
+    image_sampler.cache_clear()
     write = RunLog.scalars
 
     def crash(self, at, values):
@@ -91,7 +88,7 @@ def test_fid_is_that_of_evaluate_and_goes_on_after_a_crash(tokenizer, tmp_path, 
     c.evaluate.split, c.sample.per_label = "train", IMAGES // 10
     result = evaluated(c, tmp_path)
     assert result["images"] == found[1]["fid_images"] == IMAGES
-    assert compiled_once.cache_info().misses == 1
+    assert image_sampler.cache_info().misses == 1
     assert result["fid"] == pytest.approx(found[1]["fid"], rel=1e-4)
 
 
@@ -104,19 +101,19 @@ def test_of_packed_bits_the_reference_is_decoded(tokenizer, tmp_path):
     mesh = make_mesh()
     extractor = fid.check(c, mesh)
     assert extractor is not None
-    measure = fid.start(c, GeneratorTask(c), mesh, extractor, tmp_path)
+    reference = fid.find_reference(c, GeneratorTask(c), mesh, extractor, tmp_path)
     model = model_directory.load(t.tokenizer, "tokenizer", replicated(mesh))
     # The same images through the tokenizer, as its own task makes them.
     task = train.TokenizerTask(t)
     images = list(task.image_maker(mesh, extractor.rows, IMAGES)(model.params))
     assert sum(map(len, images)) == IMAGES
-    again = fid.small_fid(images, measure.reference, extractor)
-    assert again["fid"] == pytest.approx(0, abs=1e-6)
+    again = fid.image_moments(images, extractor).gaussian()
+    assert frechet_distance(again, reference) == pytest.approx(0, abs=1e-6)
     # A file of one's own takes its place.
     np.savez(tmp_path / "images.npz", arr_0=np.concatenate(images)[:10])
     c.evaluate.reference = str(tmp_path / "images.npz")
-    other = fid.start(c, GeneratorTask(c), mesh, extractor, tmp_path)
-    assert not np.allclose(other.reference.mean, measure.reference.mean)
+    other = fid.find_reference(c, GeneratorTask(c), mesh, extractor, tmp_path)
+    assert not np.allclose(other.mean, reference.mean)
 
     c.tokenizer = ""
     with pytest.raises(UserError, match="no tokenizer given"):
