@@ -19,7 +19,6 @@ from bitgen import __version__, build
 from bitgen.errors import UserError, choose
 from bitgen.hub import model_directory
 from bitgen.images.pixels import from_uint8, to_uint8
-from bitgen.modes.evaluate import format_table
 from bitgen.profiling import compile_report, memory_estimate
 from bitgen.profiling.flops import count_flops
 from bitgen.profiling.roofline import (
@@ -33,7 +32,7 @@ from bitgen.profiling.roofline import (
 )
 from bitgen.runtime import devices
 from bitgen.runtime.distributed import check_single
-from bitgen.runtime.logging import log_info
+from bitgen.runtime.logging import format_table, log_info
 from bitgen.runtime.mesh import (
     batch_sharding,
     check_batch,

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from bitgen.images.files import write_png
 from bitgen.images.plots import curves, plot
 from bitgen.labels import parse_labels
 from bitgen.runtime.distributed import check_mesh, is_first
-from bitgen.runtime.logging import log_info
+from bitgen.runtime.logging import format_table, log_info
 from bitgen.runtime.mesh import make_mesh, replicated, round_up_batch
 from bitgen.runtime.progress import with_progress_of_shares
 from bitgen.runtime.watchdog import Watchdog, guard, with_heartbeats
@@ -215,18 +215,6 @@ KINDS: dict[str, Callable[[Any, Path, Watchdog], None]] = {
     "comparison": _comparison,
     "probe": _probe,
 }
-
-
-def format_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Returns rows as a table of text, empty where a row lacks what another has."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [names]
-    for row in rows:
-        values = (row.get(name, "") for name in names)
-        cells.append([f"{v:.5g}" if isinstance(v, float) else str(v) for v in values])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ("  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells)
-    return "\n".join(lines)
 
 
 def _numbers(text: str) -> list[float]:

@@ -1,8 +1,10 @@
-"""One line at a time to the console."""
+"""Lines and tables for the console."""
 
 import logging
 import os
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 from tqdm import tqdm
@@ -21,3 +23,15 @@ def quiet() -> None:
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # it announces itself, and is not used
     for name in ("absl", "orbax", "jax", "grain"):
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def format_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Returns rows as a table of text, empty where a row lacks what another has."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [names]
+    for row in rows:
+        values = (row.get(name, "") for name in names)
+        cells.append([f"{v:.5g}" if isinstance(v, float) else str(v) for v in values])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ("  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells)
+    return "\n".join(lines)

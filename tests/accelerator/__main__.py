@@ -227,7 +227,7 @@ class Report:
                 for process in self.processes:
                     process.end()
             self.row("all", {"seconds": round(time.monotonic() - self.begun, 1)})
-        from bitgen.modes.evaluate import format_table
+        from bitgen.runtime.logging import format_table
 
         tables = []
         for name in dict.fromkeys(row["part"] for row in self.rows):

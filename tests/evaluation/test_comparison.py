@@ -13,11 +13,12 @@ from bitgen.errors import UserError
 from bitgen.evaluation import comparison
 from bitgen.hub import model_directory
 from bitgen.modes import evaluate
+from bitgen.runtime.logging import format_table
 from bitgen.training.metrics import RunLog
 
 
 def test_latents_and_bits_are_one_table():
-    text = evaluate.format_table([{"name": "a", "bits": 4}, {"name": "b", "ratio": 2.5}])
+    text = format_table([{"name": "a", "bits": 4}, {"name": "b", "ratio": 2.5}])
     assert text.split() == ["name", "bits", "ratio", "a", "4", "b", "2.5"]
 
 
