@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from bitgen.data.examples import LoadExample, collate, split_indices
 from bitgen.data.sources import make_source
 from bitgen.errors import UserError, choose
-from bitgen.images.crops import CROPS
+from bitgen.images.decode import CROPS
 
 # Examples seen before the share of broken ones counts.
 _ENOUGH = 100

@@ -15,8 +15,7 @@ from jaxtyping import Int
 from bitgen.data.packed import PackedSource
 from bitgen.data.sources import Source
 from bitgen.errors import UserError, choose
-from bitgen.images.crops import CROPS, center_crop, flip
-from bitgen.images.files import BrokenImage, decode
+from bitgen.images.decode import CROPS, BrokenImage, center_crop, decode, flip
 
 # So many in a row that cannot be read are no accident.
 _MOST_IN_A_ROW = 100

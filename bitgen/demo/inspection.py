@@ -12,7 +12,7 @@ from bitgen.demo.actions import Cell, Tools
 from bitgen.demo.uploads import Pixels, as_shown, chosen
 from bitgen.errors import UserError
 from bitgen.evaluation.image_metrics import psnr
-from bitgen.images.crops import center_crop
+from bitgen.images.decode import center_crop
 from bitgen.images.grids import bit_planes
 
 _GAIN = 4  # of difference maps

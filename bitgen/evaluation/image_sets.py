@@ -17,7 +17,7 @@ from bitgen import data
 from bitgen.data.examples import LoadExample, split_indices
 from bitgen.data.sources import IMAGE_SUFFIXES
 from bitgen.errors import UserError
-from bitgen.images.files import BrokenImage, decode
+from bitgen.images.decode import BrokenImage, decode
 
 Batches = Iterator[np.ndarray]
 

@@ -173,15 +173,10 @@ def bit_entropy(ones: Float[np.ndarray, "*b"]) -> Float[np.ndarray, "*b"]:
     return -(q * np.log2(q) + (1 - q) * np.log2(1 - q))
 
 
-def bit_bars(ones: Float[np.ndarray, "s k"], module: Any) -> dict[str, Float[np.ndarray, " k"]]:
-    """Returns rows for `bars`: how often each bit is set and its entropy, scale by scale."""
+def scale_names(module: Any) -> list[str]:
+    """Returns a name for each scale of a tokenizer; none if it has a single one."""
     grids = _grids(module)
-    names = [f" of scale {i}, {h}x{w}" for i, (h, w) in enumerate(grids, 1)]
-    names = names if len(grids) > 1 else [""]
-    rows = {}
-    for name, share in zip(names, ones, strict=True):
-        rows |= {f"share of ones{name}": share, f"entropy{name}": bit_entropy(share)}
-    return rows
+    return [f"scale {i}, {h}x{w}" for i, (h, w) in enumerate(grids, 1)] if len(grids) > 1 else []
 
 
 def _grids(module: Any) -> list[tuple[int, int]]:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from bitgen.errors import UserError
 from bitgen.images.grids import grid
+from bitgen.images.output import atomic_path
 
 _CELL = 64  # smallest side of an image in an animation
 
@@ -19,7 +20,10 @@ _LAST = 1500  # milliseconds that an animation rests at its end
 def sampling_frames(
     steps: Iterable[tuple[UInt8[np.ndarray, "b S S 3"], Bool[np.ndarray, "b h w"]]], columns: int
 ) -> list[UInt8[np.ndarray, "H W 3"]]:
-    """Returns a picture of each step of `progressive_images`, small images enlarged."""
+    """Returns a grid of the images after each step, small images enlarged.
+
+    `steps` are those of `samplers.progressive.progressive_images`.
+    """
     frames = []
     for images, _ in steps:
         scale = -(-_CELL // images.shape[1])
@@ -30,7 +34,7 @@ def sampling_frames(
 def write_animation(
     path: str | os.PathLike, frames: Sequence[UInt8[np.ndarray, "H W 3"]], milliseconds: int = 120
 ) -> None:
-    """Writes NAME.gif or NAME.webp, whole or not at all; it rests at the last frame, and repeats.
+    """Writes NAME.gif or NAME.webp, which repeats and rests at its last frame.
 
     Raises UserError for another name, no frames, or frames of different sizes.
     """
@@ -40,10 +44,8 @@ def write_animation(
         raise UserError(f"{path}: an animation takes frames of one size, at least one")
     pages = [Image.fromarray(frame) for frame in frames]
     times = [milliseconds] * (len(pages) - 1) + [_LAST]
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
     options = {"lossless": True} if path.suffix == ".webp" else {"optimize": True}
-    try:
+    with atomic_path(path) as part:
         pages[0].save(
             part,
             format=path.suffix[1:],
@@ -53,9 +55,6 @@ def write_animation(
             loop=0,
             **options,
         )
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def check_animation(path: Path) -> None:

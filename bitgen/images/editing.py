@@ -8,7 +8,7 @@ from jaxtyping import Bool, UInt8
 from PIL import Image
 
 from bitgen.errors import UserError
-from bitgen.images.crops import center_crop, resize_shorter
+from bitgen.images.decode import center_crop, resize_shorter
 
 _MARGIN = 6  # beyond the border, for blending
 

@@ -10,8 +10,7 @@ from jaxtyping import Bool
 from PIL import Image, ImageOps
 
 from bitgen.errors import UserError, choose
-from bitgen.images.crops import center_crop
-from bitgen.images.files import BrokenImage, decode, to_rgb
+from bitgen.images.decode import BrokenImage, center_crop, decode, to_rgb
 from bitgen.images.pixels import from_uint8, to_uint8
 
 

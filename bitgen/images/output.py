@@ -1,26 +1,57 @@
-"""Where sampled images go: a grid, a folder of PNG files, or ADM's npz; all but the grid resume."""
+"""Where images go: a PNG file, a grid, a folder of PNG files, or an npz file in ADM's format.
 
+All files appear complete or not at all.
+"""
+
+import contextlib
 import json
 import os
 import shutil
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import jax
 import numpy as np
 from jaxtyping import Int, UInt8
 from numpy.lib import format as npy
+from PIL import Image
 
 from bitgen.errors import UserError
-from bitgen.images.files import write_png
 from bitgen.images.grids import captioned_grid, grid
-from bitgen.runtime.distributed import on_first
 
-_CHUNK = 512  # images a file of an npz under way, whatever the batch size
-
+_CHUNK = 512  # images in one file of an unfinished npz, whatever the batch size
 _GRID_LIMIT = 10_000
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a temporary path beside `path`, which it replaces if the block succeeds.
+
+    Missing folders are made.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_png(path: str | os.PathLike, image: UInt8[np.ndarray, "H W c"]) -> None:
+    """Writes uint8 `[H, W, 3]` (or 4 channels, or `[H, W]`) as PNG.
+
+    Raises UserError for another dtype or shape.
+    """
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or (image.ndim, *image.shape[2:]) not in ((2,), (3, 3), (3, 4)):
+        raise UserError(
+            f"{path}: a PNG takes uint8 [H, W, 3], got {image.dtype} {list(image.shape)}"
+        )
+    with atomic_path(path) as part:
+        Image.fromarray(image).save(part, format="PNG")
 
 
 class Output(Protocol):
@@ -46,29 +77,9 @@ def make_output(
 ) -> Output:
     """Returns the output that `path` asks for: NAME.png a grid, NAME.npz, or NAME/ a folder.
 
-    `settings` say what makes the images: what is there of other settings is refused by UserError.
-    `captions` of the images are for a grid. Of several processes the first writes; all must use the
-    output alike.
+    An npz or a folder resumes where an earlier run stopped. `settings` say what makes the images:
+    UserError if the earlier run had other settings. `captions` of the images are for a grid.
     """
-    if jax.process_count() == 1:
-        return _make(path, labels, columns, settings, captions)
-    made: list[Output] = []
-
-    def make() -> int:
-        made.append(_make(path, labels, columns, settings, captions))
-        return made[0].next_index
-
-    next_index = on_first(make)
-    return _Shared(made[0] if made else None, next_index)
-
-
-def _make(
-    path: Path,
-    labels: np.ndarray,
-    columns: int,
-    settings: dict[str, Any],
-    captions: Sequence[str],
-) -> Output:
     if path.suffix == ".png":
         return _Grid(path, len(labels), columns, captions)
     if captions:
@@ -78,21 +89,6 @@ def _make(
     if path.suffix:
         raise UserError(f"config.sample.output={path.name}: write NAME.png, NAME.npz or a folder")
     return _Folder(path, labels, settings)
-
-
-class _Shared:
-    """The output of several processes; `output` is None on all but the first."""
-
-    def __init__(self, output: Output | None, next_index: int):
-        self.output, self.next_index = output, next_index
-
-    def add(self, images):
-        self.next_index += len(images)
-        if self.output is not None:
-            self.output.add(images)
-
-    def finish(self) -> str:
-        return on_first(lambda: self.output.finish() if self.output else "")
 
 
 class _Grid:
@@ -112,9 +108,10 @@ class _Grid:
     def finish(self) -> str:
         images = np.concatenate(self.images)
         if self.captions:
-            write_png(self.path, captioned_grid(images, self.captions, self.columns))
+            page = captioned_grid(images, self.captions, self.columns)
         else:
-            write_png(self.path, grid(images, self.columns))
+            page = grid(images, self.columns)
+        write_png(self.path, page)
         return f"wrote {self.path}: {self.next_index} images, {self.columns} a row"
 
 
@@ -165,19 +162,15 @@ class _Npz:
         first = self.next_index - len(waiting)
         while len(waiting) >= _CHUNK or (len(waiting) and self.next_index == len(self.labels)):
             chunk, waiting = waiting[:_CHUNK], waiting[_CHUNK:]
-            file = self._chunk(first // _CHUNK)
-            temporary = file.with_suffix(".writing")
-            with temporary.open("wb") as f:
+            with atomic_path(self._chunk(first // _CHUNK)) as part, part.open("wb") as f:
                 np.save(f, chunk)
-            os.replace(temporary, file)
             first += _CHUNK
         self.waiting = waiting
 
     def finish(self) -> str:
         files = [self._chunk(i) for i in range(-(-len(self.labels) // _CHUNK))]
         shape = (len(self.labels), *np.load(files[0], mmap_mode="r").shape[1:])
-        temporary = self.part / "whole.npz"
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        with atomic_path(self.path) as part, zipfile.ZipFile(part, "w") as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as f:
                 header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                 npy.write_array_header_1_0(f, header)
@@ -185,13 +178,12 @@ class _Npz:
                     f.write(np.load(file).tobytes())
             with archive.open("arr_1.npy", "w") as f:
                 npy.write_array(f, self.labels.astype(np.int64))
-        os.replace(temporary, self.path)
         shutil.rmtree(self.part)
         return f"wrote {self.path}: arr_0 uint8 {list(shape)}, arr_1 labels"
 
 
 def _same_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Notes the settings in a new folder; raises UserError if the folder has others."""
+    """Writes the settings to a new folder; raises UserError if the folder has other settings."""
     file = folder / "settings.json"
     settings = json.loads(json.dumps(settings))
     if file.exists():

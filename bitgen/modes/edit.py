@@ -13,9 +13,9 @@ from bitgen import __version__
 from bitgen.errors import choose
 from bitgen.hub import model_directory
 from bitgen.images import editing
-from bitgen.images.crops import center_crop
-from bitgen.images.files import write_png
+from bitgen.images.decode import center_crop
 from bitgen.images.grids import sheet
+from bitgen.images.output import write_png
 from bitgen.runtime.distributed import check_single
 from bitgen.runtime.logging import log_info
 from bitgen.runtime.mesh import make_mesh, replicated

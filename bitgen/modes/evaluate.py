@@ -17,8 +17,8 @@ from bitgen.evaluation.image_sets import read_images, read_share
 from bitgen.evaluation.reconstruction import make_metrics, measure_data
 from bitgen.evaluation.statistics import write_statistics
 from bitgen.hub import model_directory
-from bitgen.images.files import write_png
-from bitgen.images.plots import curves, plot
+from bitgen.images.output import write_png
+from bitgen.images.plots import plot_curves, plot_points
 from bitgen.labels import parse_labels
 from bitgen.runtime.distributed import check_mesh, is_first
 from bitgen.runtime.logging import format_table, log_info
@@ -81,7 +81,9 @@ def _generation(config: Any, workdir: Path, watch: Watchdog) -> None:
         points = [(row["inception_score"], row["fid"]) for row in rows]
         labels = [f"{row['guidance']:g}" for row in rows]
         if is_first():
-            write_png(workdir / "guidance.png", plot(points, labels, "Inception score", "FID"))
+            write_png(
+                workdir / "guidance.png", plot_points(points, "Inception score", "FID", labels)
+            )
     kept = 0 if reference.features is None else len(reference.features)
     report = {
         "protocol": settings.protocol,
@@ -150,7 +152,7 @@ def _comparison(config: Any, workdir: Path, watch: Watchdog) -> None:
     if is_first():
         write_png(workdir / "comparison.png", comparison.page(originals, shown))
         if lines:
-            write_png(workdir / "curves.png", curves(lines, "step", "validation L1"))
+            write_png(workdir / "curves.png", plot_curves(lines, "step", "validation L1"))
     report = {
         "protocol": settings.protocol,
         "weights": metrics.digest,
@@ -198,7 +200,7 @@ def _probe(config: Any, workdir: Path, watch: Watchdog) -> None:
     ]
     points = [(float(row["layer"]), 100 * row["accuracy"]) for row in found]
     if is_first():
-        write_png(workdir / "probe.png", plot(points, [""] * len(points), "layer", "accuracy (%)"))
+        write_png(workdir / "probe.png", plot_points(points, "layer", "accuracy (%)"))
     report = {
         "generator": model_directory.identity(generator.path),
         "counts": {"train": len(sets[0][1]), "test": len(sets[1][1]), "classes": num_classes},

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bitgen.evaluation.reconstruction import bit_bars, make_metrics, measure_data
+from bitgen.evaluation.reconstruction import bit_entropy, make_metrics, measure_data, scale_names
 from bitgen.hub import model_directory
-from bitgen.images.files import write_png
 from bitgen.images.grids import bit_planes, paired_grid
-from bitgen.images.plots import bars
+from bitgen.images.output import write_png
+from bitgen.images.plots import plot_bits
 from bitgen.runtime.distributed import check_mesh, is_first
 from bitgen.runtime.logging import log_info
 from bitgen.runtime.mesh import make_mesh, replicated
@@ -55,7 +55,8 @@ def _write(workdir: Path, settings: Any, tokenizer: Any, metrics: Any, found: An
     original, made = found.shown["original"], found.shown["reconstruction"]
     write_png(workdir / "reconstructions.png", paired_grid(original, made, settings.columns))
     if len(found.ones):
-        write_png(workdir / "bits.png", bars(bit_bars(found.ones, tokenizer.module)))
+        names = scale_names(tokenizer.module)
+        write_png(workdir / "bits.png", plot_bits(found.ones, bit_entropy(found.ones), names))
         write_png(workdir / "bit_planes.png", bit_planes(found.shown["finest"][0], made[0]))
     report = {
         "tokenizer": tokenizer.path,

@@ -16,7 +16,7 @@ from PIL import Image
 
 from bitgen.errors import UserError
 from bitgen.generators.bigr import BiGR
-from bitgen.images.crops import center_crop
+from bitgen.images.decode import center_crop
 from bitgen.images.editing import crop_area, reduced_view, require_opencv
 from bitgen.images.inputs import box_area, read_area, read_picture
 from bitgen.labels import class_names_of, parse_labels

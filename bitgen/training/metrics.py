@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from bitgen.errors import UserError
-from bitgen.images.files import write_png
+from bitgen.images.output import write_png
 from bitgen.images.plots import training_curves
 from bitgen.runtime import devices
 

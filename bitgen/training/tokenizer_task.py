@@ -20,7 +20,7 @@ from bitgen.evaluation.reconstruction import bit_entropy, bit_usage, through
 from bitgen.hub import model_directory
 from bitgen.images.grids import paired_grid
 from bitgen.images.pixels import from_uint8, to_uint8
-from bitgen.images.plots import bars
+from bitgen.images.plots import plot_bits
 from bitgen.losses import adversarial
 from bitgen.losses.augment import diff_augment
 from bitgen.losses.lpips import load_lpips, lpips_distance, lpips_shapes
@@ -185,7 +185,7 @@ class TokenizerTask:
         recon = fetch_global(self._reconstruct(state.ema, images))
         pictures = {"reconstructions": paired_grid(images, recon, 16)}
         if (p := self.bits_mean) is not None:
-            pictures["bits"] = bars({"share of ones": p, "entropy": bit_entropy(p)})
+            pictures["bits"] = plot_bits(p[None], bit_entropy(p)[None])
         return pictures
 
     @functools.cached_property

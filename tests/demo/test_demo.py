@@ -14,7 +14,7 @@ import bitgen
 from bitgen import UserError
 from bitgen.demo import __main__ as demo
 from bitgen.demo import actions, inspection, settings, uploads
-from bitgen.images.crops import center_crop
+from bitgen.images.decode import center_crop
 
 SAMPLER = {"denoiser_steps": 2, "segments": 1}
 COLOUR = (255, 120, 0, 255)

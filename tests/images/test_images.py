@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from bitgen.errors import UserError
-from bitgen.images import crops, files, grids, plots
+from bitgen.images import decode, grids, output
 from bitgen.images.pixels import from_uint8, to_uint8
 
 # Kernels and supports of the three filters, as functions of the distance.
@@ -81,7 +81,7 @@ def test_center_crop_is_adms_pixel_for_pixel(height, width, size):
     whole = adm_resize(array, size)
     top, left = (whole.shape[0] - size) // 2, (whole.shape[1] - size) // 2
     expected = whole[top : top + size, left : left + size]
-    np.testing.assert_array_equal(crops.center_crop(files.decode(array), size), expected)
+    np.testing.assert_array_equal(decode.center_crop(decode.decode(array), size), expected)
 
 
 def test_random_crop_is_a_window_of_adms_resize_at_a_scale_in_range():
@@ -90,7 +90,7 @@ def test_random_crop_is_a_window_of_adms_resize_at_a_scale_in_range():
     rng = np.random.default_rng(1)
     used = set()
     for _ in range(40):
-        crop = crops.random_crop(files.decode(array), 20, rng, 0.8, 1.0)
+        crop = decode.random_crop(decode.decode(array), 20, rng, 0.8, 1.0)
         assert crop.shape == (20, 20, 3)
         matches = [side for side, whole in sides.items() if contains(whole, crop)]
         assert matches
@@ -102,7 +102,7 @@ def test_resize_crop_is_a_window_of_the_bilinear_resize():
     array = noise(61, 90)
     whole = resample(array, 42, 42 * 90 // 61, BILINEAR)  # int(1.05 * 40) = 42
     rng = np.random.default_rng(2)
-    made = [crops.resize_crop(files.decode(array), 40, rng) for _ in range(8)]
+    made = [decode.resize_crop(decode.decode(array), 40, rng) for _ in range(8)]
     assert all(crop.shape == (40, 40, 3) and contains(whole, crop) for crop in made)
     assert len({crop.tobytes() for crop in made}) > 1
 
@@ -132,13 +132,13 @@ def palette_image(transparent: bool) -> bytes:
     ],
 )
 def test_every_kind_of_image_becomes_rgb(data, expected):
-    array = np.asarray(files.decode(data))
+    array = np.asarray(decode.decode(data))
     assert (array.shape, array.dtype) == ((1, 2, 3), np.uint8)
     assert tuple(array[0, 0]) == expected
 
 
 def test_transparency_of_a_palette_is_laid_on_white():
-    image = np.asarray(files.decode(palette_image(transparent=True)))
+    image = np.asarray(decode.decode(palette_image(transparent=True)))
     assert tuple(image[0, 1]) == (255, 255, 255)
 
 
@@ -153,14 +153,14 @@ def test_transparency_of_a_palette_is_laid_on_white():
     ],
 )
 def test_broken_data_says_why(data, reason):
-    with pytest.raises(files.BrokenImage, match=reason):
-        files.decode(data)
+    with pytest.raises(decode.BrokenImage, match=reason):
+        decode.decode(data)
 
 
 def test_flip_mirrors_left_and_right():
     array = noise(3, 4)
-    np.testing.assert_array_equal(crops.flip(array)[:, 0], array[:, 3])
-    np.testing.assert_array_equal(crops.flip(crops.flip(array)), array)
+    np.testing.assert_array_equal(decode.flip(array)[:, 0], array[:, 3])
+    np.testing.assert_array_equal(decode.flip(decode.flip(array)), array)
 
 
 def test_to_uint8_rounds_and_clips():
@@ -182,23 +182,10 @@ def test_grid_is_row_by_row_and_filled_with_black():
         grids.grid(array, 0)
 
 
-def test_bars_are_as_high_as_their_values():
-    picture = plots.bars({"a": np.array([0.0, 0.5, 1.0]), "b": np.array([1.0, 0.25, 2.0])}, 40)
-    assert picture.dtype == np.uint8
-    bar = picture[2 * 14 + 40 :].min(2) < 100  # the second row, without its name
-    columns = [bar[:, 16 * j + 3].sum() for j in range(3)]
-    assert columns == [40, 10, 40]
-    bar = picture[14 : 14 + 40].min(2) < 100
-    assert [bar[:, 16 * j + 3].sum() for j in range(3)] == [0, 20, 40]
-    assert bar[-1, 16 + 3]  # from below
-    assert not bar[0, 16 + 3]
-    assert plots.bars({"many": np.ones(2000)}).shape[1] == 4000
-
-
 def test_write_png_is_whole_or_not_there(tmp_path, monkeypatch):
     path = tmp_path / "new" / "a.png"
     array = noise(5, 6)
-    files.write_png(path, array)
+    output.write_png(path, array)
     np.testing.assert_array_equal(np.asarray(Image.open(path)), array)
 
     def fail(image, file, format):
@@ -207,12 +194,12 @@ def test_write_png_is_whole_or_not_there(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Image.Image, "save", fail)
     with pytest.raises(OSError, match="disk full"):
-        files.write_png(path, noise(5, 6, seed=1))
+        output.write_png(path, noise(5, 6, seed=1))
     assert [p.name for p in path.parent.iterdir()] == ["a.png"]
     np.testing.assert_array_equal(np.asarray(Image.open(path)), array)
 
 
 def test_write_png_refuses_floats(tmp_path):
     with pytest.raises(UserError, match=r"takes uint8 \[H, W, 3\], got float32 \[4, 4, 3\]"):
-        files.write_png(tmp_path / "a.png", np.zeros((4, 4, 3), np.float32))
+        output.write_png(tmp_path / "a.png", np.zeros((4, 4, 3), np.float32))
     assert not list(tmp_path.iterdir())

@@ -16,7 +16,7 @@ from bitgen import build, config
 from bitgen.errors import UserError
 from bitgen.hub import model_directory
 from bitgen.images import editing, grids, inputs
-from bitgen.images.crops import center_crop
+from bitgen.images.decode import center_crop
 from bitgen.images.pixels import from_uint8
 from bitgen.modes import edit
 from bitgen.runtime.mesh import make_mesh, replicated

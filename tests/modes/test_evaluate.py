@@ -19,8 +19,8 @@ from bitgen.evaluation.image_metrics import ms_ssim, psnr, ssim
 from bitgen.evaluation.image_sets import pixels
 from bitgen.evaluation.probe import accuracy_by_layer, fit_probe
 from bitgen.hub import model_directory
-from bitgen.images.crops import center_crop
-from bitgen.images.files import write_png
+from bitgen.images.decode import center_crop
+from bitgen.images.output import write_png
 from bitgen.modes import evaluate, reconstruct, sample
 from bitgen.runtime.mesh import make_mesh
 from bitgen.samplers import images as sampling
@@ -178,7 +178,7 @@ def test_a_killed_sweep_goes_on(models, tmp_path, monkeypatch):
     whole = report(tmp_path / "whole")["results"]
     assert [row["guidance"] for row in whole] == [1, 2.5]
     assert whole[0]["fid"] != whole[1]["fid"]
-    assert np.asarray(Image.open(tmp_path / "whole" / "guidance.png")).shape == (480, 720, 3)
+    assert np.asarray(Image.open(tmp_path / "whole" / "guidance.png")).shape == (420, 640, 3)
 
     added, add = [], feature_store.FeatureStore.add
 

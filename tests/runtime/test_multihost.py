@@ -173,7 +173,7 @@ def runs(tmp_path_factory):
 
     from bitgen import build, data
     from bitgen.hub import model_directory
-    from bitgen.images.files import write_png
+    from bitgen.images.output import write_png
 
     root = tmp_path_factory.mktemp("runs")
     given = {

@@ -1,10 +1,55 @@
-"""Crops of ADM and of Binary Latent Diffusion. Pixels are uint8 `[H, W, 3]`."""
+"""From encoded bytes to square pixels: decoding to RGB, crops, mirroring.
 
+Pixels are uint8 `[H, W, 3]`. Crops are those of ADM and of Binary Latent Diffusion.
+"""
+
+import io
 from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
+
+
+class BrokenImage(Exception):
+    """Data that cannot be decoded as an image; the message is the reason."""
+
+
+def decode(data: bytes | np.ndarray) -> Image.Image:
+    """Encoded bytes, or uint8 `[H, W]` or `[H, W, 1|3|4]` -> an RGB image of the same size.
+
+    Greyscale, palette, 16-bit and CMYK become RGB; transparency is laid on white.
+    Raises BrokenImage.
+    """
+    try:
+        if isinstance(data, np.ndarray):
+            image = Image.fromarray(data[..., 0] if data.shape[2:] == (1,) else data)
+        else:
+            image = Image.open(io.BytesIO(data))
+        image.load()
+        return to_rgb(image)
+    except MemoryError:
+        raise
+    # Decoders of damaged bytes raise much more than OSError: SyntaxError, struct.error, ...
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        # PIL prints the address of the buffer, which says nothing.
+        reason = "not an image" if reason.startswith("cannot identify") else reason
+        raise BrokenImage("empty file" if len(data) == 0 else reason) from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Greyscale, palette, 16-bit and CMYK as RGB, transparency laid on white."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):  # 16 bits: PIL would clip at 255 instead of scaling
+        wide = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+        return Image.fromarray(np.round(wide / 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
 
 
 def resize_shorter(image: Image.Image, size: int) -> Image.Image:
