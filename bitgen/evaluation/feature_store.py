@@ -1,13 +1,14 @@
 """Features on disk while a generator is measured, so that a killed run goes on."""
 
 import contextlib
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from bitgen.images.output import atomic_path
 from bitgen.runtime.distributed import is_first, on_first
 
 _CHUNK = 512  # images a file
@@ -43,10 +44,9 @@ class FeatureStore:
         self.next_index = start + rows
         while rows >= _CHUNK or (rows and self.next_index == self.count):
             if is_first():
-                file = self._file(start // _CHUNK)
-                temporary = file.with_suffix(".writing.npz")
-                np.savez(temporary, **{k: v[:_CHUNK] for k, v in features.items()})  # type: ignore
-                os.replace(temporary, file)
+                chunk: Any = {name: rows[:_CHUNK] for name, rows in features.items()}
+                with atomic_path(self._file(start // _CHUNK)) as part, part.open("wb") as file:
+                    np.savez(file, **chunk)
             features = {k: v[_CHUNK:] for k, v in features.items()}
             rows, start = max(rows - _CHUNK, 0), start + _CHUNK
         self._waiting = features if rows else {}

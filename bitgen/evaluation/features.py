@@ -18,7 +18,7 @@ from bitgen.evaluation.inception import POOL, SIZE, Inception
 from bitgen.evaluation.resize import resize_bilinear
 from bitgen.evaluation.weights import find_weights, load_inception
 from bitgen.hub import model_directory
-from bitgen.runtime.distributed import gather, local_rows, pad_rows, place
+from bitgen.runtime.distributed import gather_rows, pad_rows, place
 from bitgen.runtime.mesh import BATCH, batch_sharding, replicated, round_up_batch
 
 Features = dict[str, np.ndarray]  # pool [n, d], spatial [n, s], logits [n, c], float32
@@ -78,8 +78,7 @@ PROTOCOLS = {
 class Extractor:
     """Computes features with one program of a fixed batch shape, split over the mesh.
 
-    Over several processes, each gives its own images and gets their features; all must call it
-    equally often.
+    Every process gets the features of all images; all processes must make the same calls.
     """
 
     def __init__(self, protocol: str, params: Any, mesh: Mesh, batch_size: int):
@@ -93,30 +92,32 @@ class Extractor:
         self._program = _program(protocol, mesh)
 
     def __call__(self, images: UInt8[np.ndarray, "n H W 3"]) -> Features:
-        """Returns the features of at most `rows` images, those of the padding left out."""
-        return self._fetch(self._start(images))
+        """Returns the features of the images of all processes, at most `rows` of each."""
+        return gather_rows(*self._start(images))
 
     def stream(
         self, batches: Iterable[UInt8[np.ndarray, "b H W 3"]], *, shares: bool = False
     ) -> Iterator[Features]:
-        """Yields the features of images that come in batches of any size, none dropped.
+        """Yields the features of all images in order.
 
-        Over several processes every one gets the features of all images in order. `batches` are
-        the same on each, or with `shares` its own rows of every batch, of at most `rows`.
+        `batches` may have any size and are the same on every process, or with `shares` each
+        process gives its own rows of every batch, at most `rows`.
         """
-        several = jax.process_count()
-        if several == 1 or not shares:
+        processes = jax.process_count()
+        if processes == 1 or not shares:
             first = self.rows * jax.process_index()
-            whole = regroup(batches, self.rows * several)
-            batches = (images[first : first + self.rows] for images in whole)
-        under_way = None
+            batches = (
+                images[first : first + self.rows]
+                for images in regroup(batches, self.rows * processes)
+            )
+        pending = None
         for images in batches:
             started = self._start(images)
-            if under_way is not None:  # the device works while the host takes the last result
-                yield self._fetch_all(under_way)
-            under_way = started
-        if under_way is not None:
-            yield self._fetch_all(under_way)
+            if pending is not None:  # the device works while the host takes the last result
+                yield gather_rows(*pending)
+            pending = started
+        if pending is not None:
+            yield gather_rows(*pending)
 
     def _start(self, images: np.ndarray) -> tuple[Any, int]:
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
@@ -128,15 +129,6 @@ class Extractor:
         padded = pad_rows(images, self.rows)
         padded = jax.make_array_from_process_local_data(self._sharding, padded)
         return self._program(self._params, padded), len(images)
-
-    def _fetch_all(self, started: tuple[dict[str, jax.Array], int]) -> Features:
-        features, real = started
-        mask = gather(np.arange(self.rows) < real)
-        return {name: gather(local_rows(value))[mask] for name, value in features.items()}
-
-    def _fetch(self, started: tuple[dict[str, jax.Array], int]) -> Features:
-        features, real = started
-        return {name: local_rows(value)[:real] for name, value in features.items()}
 
 
 @functools.lru_cache(maxsize=4)  # for every extractor of a protocol one program

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from bitgen import data
-from bitgen.data.examples import LoadExample, split_indices
+from bitgen.data.batches import LoadExample, split_indices
 from bitgen.data.sources import IMAGE_SUFFIXES
 from bitgen.errors import UserError
 from bitgen.images.decode import BrokenImage, decode

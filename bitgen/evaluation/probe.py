@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from bitgen.data.packed import unpack_bits
 from bitgen.errors import UserError
 from bitgen.images.pixels import from_uint8
-from bitgen.runtime.distributed import gather, local_rows, pad_rows
+from bitgen.runtime.distributed import gather_rows, pad_rows
 from bitgen.runtime.mesh import BATCH, to_device
 
 
@@ -66,9 +66,10 @@ def collect(
     features, labels = [], []
     for batch in batches:
         inputs = batch["bits"] if "bits" in batch else batch["image"]
-        mask = gather(np.arange(rows) < len(inputs))
-        features.append(gather(local_rows(program(*params, pad_rows(inputs, rows))))[mask])
-        labels.append(gather(pad_rows(batch["label"], rows))[mask])
+        pooled = program(*params, pad_rows(inputs, rows))
+        found, label = gather_rows((pooled, pad_rows(batch["label"], rows)), len(inputs))
+        features.append(found)
+        labels.append(label)
     return np.concatenate(features), np.concatenate(labels)
 
 

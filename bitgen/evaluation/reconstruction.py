@@ -16,11 +16,11 @@ from bitgen.evaluation.features import Extractor, make_extractor
 from bitgen.evaluation.frechet import frechet_distance
 from bitgen.evaluation.image_metrics import MS_SSIM_SIDE, SSIM_SIDE, ms_ssim, psnr, ssim
 from bitgen.evaluation.image_sets import pixels, read_share
-from bitgen.evaluation.statistics import Moments, merge_over_hosts
+from bitgen.evaluation.statistics import Moments
 from bitgen.hub.model_directory import Model
 from bitgen.images.pixels import from_uint8, to_uint8
 from bitgen.losses.lpips import load_lpips, lpips_distance
-from bitgen.runtime.distributed import gather, local_rows, pad_rows, place
+from bitgen.runtime.distributed import gather_rows, local_rows, pad_rows, place
 from bitgen.runtime.mesh import BATCH, replicated, round_up_batch, to_device
 from bitgen.runtime.progress import with_progress_of_shares
 from bitgen.runtime.watchdog import Watchdog, with_heartbeats
@@ -113,28 +113,27 @@ def measure_tokenizer(
     extractor, count = metrics.extractor, 0
     moments = [Moments(extractor.size) for _ in range(2)] if extractor else []
     for images in batches:
-        real = len(images)
         placed = to_device({"image": pad_rows(images, rows)}, mesh)
         values, made = program(*variables, placed["image"])
-        mask = gather(np.arange(rows) < real)
-        for name, value in values.items():
-            each.setdefault(name, []).append(gather(local_rows(value))[mask])
         if extractor:
-            own = local_rows(made["reconstruction"])[:real]
+            own = local_rows(made["reconstruction"])[: len(images)]
             for running, part in zip(moments, (images, own), strict=True):
                 running.add(extractor(part)["pool"])
-        chosen = np.isin(count + np.arange(mask.sum()), show)
+        values = gather_rows(values, len(images))
+        for name, value in values.items():
+            each.setdefault(name, []).append(value)
+        indices = count + np.arange(len(values["psnr"]))
+        chosen = np.isin(indices, show)
         if chosen.any():
-            made = {"original": placed["image"], **made}
+            made = gather_rows({"original": placed["image"], **made}, len(images))
             for name, value in made.items():
-                shown.setdefault(name, []).append(gather(local_rows(value))[mask][chosen])
-        count += int(mask.sum())
+                shown.setdefault(name, []).append(value[chosen])
+        count += len(indices)
     if not count:
         raise UserError("there are no images to reconstruct: look at config.data")
     result: dict[str, float] = {"images": count}
     if extractor:
-        both = (merge_over_hosts(running).gaussian() for running in moments)
-        result["rfid"] = frechet_distance(*both)
+        result["rfid"] = frechet_distance(*(running.gaussian() for running in moments))
     means = {name: np.concatenate(value).mean(0, np.float64) for name, value in each.items()}
     ones = means.pop("ones", np.zeros((0, 0)))
     result |= {name: float(value) for name, value in means.items()}

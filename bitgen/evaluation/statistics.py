@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Float, Int
 
 from bitgen.errors import UserError
+from bitgen.images.output import atomic_path
 
 _TOGETHER = 512  # rows whose outer products are summed at once
 SPLIT = 5000  # images of a split of the Inception score
@@ -38,9 +38,9 @@ class Moments:
         """Adds rows."""
         self._waiting.append(np.asarray(rows))
         if sum(map(len, self._waiting)) >= _TOGETHER:
-            self._settle()
+            self._flush()
 
-    def _settle(self) -> None:
+    def _flush(self) -> None:
         rows = np.concatenate([*self._waiting, np.zeros((0, len(self.mean)))]).astype(np.float64)
         self._waiting = []
         if len(rows):
@@ -55,16 +55,9 @@ class Moments:
         self.mean += difference * (count / total)
         self.count = total
 
-    def merge(self, other: "Moments") -> None:
-        """Adds the rows that `other` has seen."""
-        self._settle()
-        other._settle()
-        if other.count:
-            self._join(other.count, other.mean, other.scatter)
-
     def gaussian(self) -> Gaussian:
         """Returns mean and covariance (n - 1); raises UserError for fewer than two rows."""
-        self._settle()
+        self._flush()
         if self.count < 2:
             raise UserError(f"statistics need two images at least, got {self.count}")
         return Gaussian(self.mean, self.scatter / (self.count - 1))
@@ -89,11 +82,6 @@ class Scores:
     def _join(self, split: int, sums: list[Any]) -> None:
         before = self.sums.get(split, [0, 0.0, 0.0])
         self.sums[split] = [a + b for a, b in zip(before, sums, strict=True)]
-
-    def merge(self, other: "Scores") -> None:
-        """Adds the images that `other` has seen."""
-        for split, sums in other.sums.items():
-            self._join(split, sums)
 
     def value(self) -> float:
         """Returns the mean over splits of exp(mean KL(p(y|x) || p(y)))."""
@@ -152,25 +140,6 @@ def summarise(
     )
 
 
-def merge_over_hosts(moments: Moments) -> Moments:
-    """Returns the moments of all processes' rows; every process must call it."""
-    if jax.process_count() == 1:
-        return moments
-    from jax.experimental import multihost_utils
-
-    moments._settle()
-    flat = np.concatenate([[float(moments.count)], moments.mean, moments.scatter.ravel()])
-    # As bytes: JAX would make float32 of it.
-    gathered = np.asarray(multihost_utils.process_allgather(flat.view(np.uint32)))
-    size, whole = len(moments.mean), Moments(len(moments.mean))
-    for part in gathered.reshape(jax.process_count(), -1):
-        values = np.ascontiguousarray(part).view(np.float64)
-        if values[0]:
-            scatter = values[1 + size :].reshape(size, size)
-            whole._join(int(values[0]), values[1 : 1 + size], scatter)
-    return whole
-
-
 # ------------------------------------------------------------------------------- files
 def write_statistics(path: str | Path, summary: Summary, protocol: str, digest: str) -> None:
     """Writes mu, sigma, mu_s and sigma_s as ADM's reference files have them; whole or not at all.
@@ -178,17 +147,11 @@ def write_statistics(path: str | Path, summary: Summary, protocol: str, digest: 
     pytorch-fid reads mu and sigma from the same file. The protocol and the digest of the weights go
     with them, so that `read_statistics` can refuse to compare what is not comparable.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, Any] = {"mu": summary.pool.mean, "sigma": summary.pool.covariance}
     if summary.spatial is not None:
         arrays |= {"mu_s": summary.spatial.mean, "sigma_s": summary.spatial.covariance}
-    temporary = path.with_name(f".{path.name}.part.npz")
-    try:
-        np.savez(temporary, count=summary.count, protocol=protocol, weights=digest, **arrays)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_path(path) as part, part.open("wb") as file:
+        np.savez(file, count=summary.count, protocol=protocol, weights=digest, **arrays)
 
 
 def read_statistics(path: str | Path, protocol: str, digest: str) -> Summary | None:

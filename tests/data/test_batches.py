@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from bitgen import data
-from bitgen.data.examples import crop_share, split_indices
+from bitgen.data.batches import crop_share, split_indices
 from bitgen.errors import UserError
 
 
