@@ -26,5 +26,5 @@ cat <<END
 Look at  $out/samples.png                          a row of samples for each digit
          $out/tokenizer/reconstructions.png       test images above what the bits keep of them
          $out/*/metrics.jsonl                     every number; tensorboard --logdir=$out
-Next     README.md, "Your own pictures"
+Next     docs/training.md: train on your own pictures
 END

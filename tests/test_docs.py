@@ -1,11 +1,13 @@
 """The documentation: its example runs, and its commands are ones that bitgen takes."""
 
+import functools
 import pkgutil
 import re
 import runpy
 import shlex
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,11 +16,13 @@ import bitgen
 from bitgen import build, config, main
 from bitgen.convert import __main__ as convert
 from bitgen.demo import settings as demo
+from bitgen.hub import model_directory
 from bitgen.modes import reconstruct, sample, tokenize, train
 from bitgen.runtime import sharding
 from bitgen.samplers import images
 
 ROOT = Path(__file__).parent.parent
+README_LINES = 180
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 REGISTRIES = (build.TOKENIZERS, build.GENERATORS, images.SAMPLERS, sharding.RULES)
 
@@ -65,6 +69,24 @@ def test_the_example_is_trained_tokenized_with_and_sampled(example, tmp_path):
     assert again.shape == (1, 32, 32, 3)
     (last,) = model.steps([3])
     assert last[1].all()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
+def test_python_runs_as_it_stands_after_the_quickstart(page, tmp_path, monkeypatch):
+    for kind, name in (("tokenizer", "tokenizer"), ("generator", "bigr")):
+        c = runpy.run_path(str(ROOT / "configs" / f"digits_{name}.py"))["get_config"]()
+        module, info = build.module_from_config(kind, c.model)
+        params = jax.jit(functools.partial(build.init_params, module))(jax.random.key(0))
+        directory = tmp_path / "runs" / "digits" / name / "model"
+        if kind == "generator":
+            info["origin"] = {"tokenizer": model_directory.identity(c.tokenizer)}
+        monkeypatch.chdir(tmp_path)
+        model_directory.write(directory, info, params)
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    assert len([line for line in block.splitlines() if line]) <= 7
+    exec(compile(block, page, "exec"), {})
+    with Image.open("edited.png") as edited:
+        assert edited.size == (32, 32)
 
 
 def commands():
@@ -155,3 +177,15 @@ def test_links_between_pages_lead_somewhere():
         for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), (page.name, target)
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= README_LINES
+
+
+def test_the_code_page_names_files_that_are_there():
+    page = (ROOT / "docs" / "code.md").read_text()
+    names = re.findall(r"`((?:[a-z_]+/)+[a-z_]+\.py)", page)
+    assert len(names) > 30
+    for name in names:
+        assert (ROOT / "bitgen" / name).is_file(), name
