@@ -26,14 +26,10 @@ PER_DEVICE, DEVICES = 4, 8
 def get_config(size: str = "d24"):
     """Returns the settings of a size."""
     c = config.tokenizer("binary_ae", **choose("size", size, SIZES))
-    c.data.source = "folder"
-    c.data.image_size = c.model.image_size
+    config.train_on_folder(c)
     c.data.crop = "resize"
-    c.data.holdout = 0.0
     c.train.batch_size = PER_DEVICE * DEVICES
     c.train.steps = 1_000_000
-    c.train.log_every = 200
-    c.train.checkpoint_every = 10_000
     c.optim.name = "adam"
     # The authors scale the rate by the images of one device, not of all.
     c.optim.lr = 4.5e-6 * PER_DEVICE

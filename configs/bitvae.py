@@ -58,16 +58,12 @@ def get_config(size: str = "d16_stage1"):
     """Returns the settings of a size and stage."""
     fields = choose("size", size, SIZES)
     c = config.tokenizer("bitvae", dtype="bfloat16", remat=True, **fields)
-    c.data.source = "folder"
-    c.data.image_size = c.model.image_size
+    config.train_on_folder(c)
     c.data.crop = "random"
     c.data.crop_scale_min = 1.0
-    c.data.holdout = 0.0
     c.train.batch_size = PER_DEVICE * DEVICES * PARTS
     c.train.accumulate = PARTS
     c.train.steps = 500_000
-    c.train.log_every = 200
-    c.train.checkpoint_every = 10_000
     c.optim.name = "adamw"
     c.optim.lr = 1e-4
     c.optim.schedule = "drop"

@@ -30,13 +30,9 @@ def get_config(size: str = "f32c32"):
     """Returns the settings of a size."""
     c = config.tokenizer("dcae", **choose("size", size, SIZES))
     c.model.remat = c.model.image_size > 32
-    c.data.source = "folder"
-    c.data.image_size = c.model.image_size
-    c.data.holdout = 0.0
+    config.train_on_folder(c)
     c.train.batch_size = 64
     c.train.steps = 200_000
-    c.train.log_every = 200
-    c.train.checkpoint_every = 10_000
     c.optim.lr = 1e-4
     c.optim.schedule = "cosine"
     c.optim.warmup = 1_000

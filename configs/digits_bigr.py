@@ -26,6 +26,16 @@ def get_config():
         mlp_multiple=64,
         dropout=0.0,
     )
+    recipe(c)
+    c.optim.weight_decay = 2e-2
+    c.optim.no_decay = ("bias$", "scale$", "^denoiser/")
+    c.sampler.iterations = 16
+    c.sampler.denoiser_steps = 32
+    return c
+
+
+def recipe(c):
+    """Sets the data and the training of any generator on the digits' bits."""
     c.tokenizer = "runs/digits/tokenizer/model"
     c.data.source = "bits"
     c.data.path = "runs/digits/bits"
@@ -40,12 +50,7 @@ def get_config():
     c.optim.warmup = 50
     c.optim.schedule = "cosine"
     c.optim.b2 = 0.95
-    c.optim.weight_decay = 2e-2
-    c.optim.no_decay = ("bias$", "scale$", "^denoiser/")
     c.optim.clip = 1.0
     c.optim.ema = 0.99
-    c.sampler.iterations = 16
     c.sampler.guidance = 2.0
-    c.sampler.denoiser_steps = 32
     c.sample.per_label = 10
-    return c

@@ -19,14 +19,10 @@ PER_DEVICE, DEVICES = 16, 8
 def get_config():
     """Returns the settings of the released size, d16c32."""
     c = config.tokenizer("gfq_ae", dtype="bfloat16", remat=True)
-    c.data.source = "folder"
-    c.data.image_size = c.model.image_size
+    config.train_on_folder(c)
     c.data.crop = "random"
-    c.data.holdout = 0.0
     c.train.batch_size = PER_DEVICE * DEVICES
     c.train.steps = 500_000
-    c.train.log_every = 200
-    c.train.checkpoint_every = 10_000
     c.optim.name = "adam"
     c.optim.lr = 1e-4
     c.optim.b1 = 0.5
