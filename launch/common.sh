@@ -1,5 +1,5 @@
 # Sourced by the launchers: dry runs, quoting, checks and errors. Works with bash 3.2 of macOS too.
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034
 
 dry="${BITGEN_DRY_RUN:-}"
 venv="${BITGEN_VENV:-${VENV:-.venv}}"
@@ -76,6 +76,35 @@ shared_option() {
     *) fail "unknown option $1; launch/$(basename "$0") --help lists them, bitgen's own go behind --" ;;
   esac
 }
+
+# parse_options "NAME[=DEFAULT] ..." WORDS...: sets a variable for each name, from --NAME=VALUE, else from
+# BITGEN_NAME, else its default. `arguments` are the words that follow --. The locals have names that
+# no option has.
+parse_options() {
+  local _names=" " _spec _name _variable
+  for _spec in $1; do
+    _name="${_spec%%=*}"
+    _names="$_names$_name "
+    _variable="BITGEN_$(printf '%s' "$_name" | tr '[:lower:]' '[:upper:]')"
+    [ "$_spec" != "$_name" ] || _spec="$_name="
+    printf -v "$_name" '%s' "${!_variable:-${_spec#*=}}"
+  done
+  shift
+  while [ $# -gt 0 ] && [ "$1" != -- ]; do
+    _name="${1%%=*}"
+    _name="${_name#--}"
+    case "$1 $_names" in
+      --*=*" $_name "*) printf -v "$_name" '%s' "${1#*=}" ;;
+      *) own_option "$1" || shared_option "$1" ;;
+    esac
+    shift
+  done
+  [ $# -eq 0 ] || shift
+  arguments=("$@")
+}
+
+# A launcher with other options than --NAME=VALUE defines this again; 1: it is not one of them.
+own_option() { return 1; }
 
 # need COMMAND REMEDY: that a program is there; a dry run does without.
 need() {

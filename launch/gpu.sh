@@ -19,32 +19,14 @@
 #
 # Options are also read from BITGEN_GPUS, BITGEN_NODES, BITGEN_NODE, BITGEN_COORDINATOR,
 # BITGEN_RESTARTS, BITGEN_CUDA, BITGEN_VENV.
+
+# shellcheck disable=SC2154 # parse_options assigns the options
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/common.sh
 
-gpus="${BITGEN_GPUS:-}"
-nodes="${BITGEN_NODES:-1}"
-node="${BITGEN_NODE:-}"
-coordinator="${BITGEN_COORDINATOR:-}"
-restarts="${BITGEN_RESTARTS:-20}"
-cuda="${BITGEN_CUDA:-cuda13}"
-while [ $# -gt 0 ]; do
-  case "$1" in
-    --gpus=*) gpus="${1#*=}" ;;
-    --nodes=*) nodes="${1#*=}" ;;
-    --node=*) node="${1#*=}" ;;
-    --coordinator=*) coordinator="${1#*=}" ;;
-    --restarts=*) restarts="${1#*=}" ;;
-    --cuda=*) cuda="${1#*=}" ;;
-    --)
-      shift
-      break
-      ;;
-    *) shared_option "$1" ;;
-  esac
-  shift
-done
+parse_options "gpus nodes=1 node coordinator restarts=20 cuda=cuda13" "$@"
+set -- ${arguments[@]+"${arguments[@]}"}
 count nodes "$nodes"
 count restarts "$restarts"
 if [ "$nodes" -gt 1 ]; then

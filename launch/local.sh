@@ -13,26 +13,14 @@
 #   --help           this text
 #
 # Options are also read from BITGEN_DEVICES, BITGEN_PROCESSES, BITGEN_PORT, BITGEN_VENV.
+
+# shellcheck disable=SC2154 # parse_options assigns the options
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/common.sh
 
-devices="${BITGEN_DEVICES:-}"
-processes="${BITGEN_PROCESSES:-1}"
-port="${BITGEN_PORT:-12355}"
-while [ $# -gt 0 ]; do
-  case "$1" in
-    --devices=*) devices="${1#*=}" ;;
-    --processes=*) processes="${1#*=}" ;;
-    --port=*) port="${1#*=}" ;;
-    --)
-      shift
-      break
-      ;;
-    *) shared_option "$1" ;;
-  esac
-  shift
-done
+parse_options "devices processes=1 port=12355" "$@"
+set -- ${arguments[@]+"${arguments[@]}"}
 [ -z "$devices" ] || count devices "$devices"
 count processes "$processes"
 count port "$port"

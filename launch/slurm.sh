@@ -22,40 +22,19 @@
 #   --help              this text
 #
 # Options but --sbatch are also read from BITGEN_NODES, BITGEN_GPUS and so on.
+
+# shellcheck disable=SC2154 # parse_options assigns the options
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/common.sh
 
-nodes="${BITGEN_NODES:-1}"
-gpus="${BITGEN_GPUS:-8}"
-cpus="${BITGEN_CPUS:-8}"
-time="${BITGEN_TIME:-24:00:00}"
-grace="${BITGEN_GRACE:-300}"
-name="${BITGEN_NAME:-bitgen}"
-partition="${BITGEN_PARTITION:-}"
-logs="${BITGEN_LOGS:-runs/slurm}"
-cuda="${BITGEN_CUDA:-cuda13}"
 more=()
-while [ $# -gt 0 ]; do
-  case "$1" in
-    --nodes=*) nodes="${1#*=}" ;;
-    --gpus=*) gpus="${1#*=}" ;;
-    --cpus=*) cpus="${1#*=}" ;;
-    --time=*) time="${1#*=}" ;;
-    --grace=*) grace="${1#*=}" ;;
-    --name=*) name="${1#*=}" ;;
-    --partition=*) partition="${1#*=}" ;;
-    --logs=*) logs="${1#*=}" ;;
-    --sbatch=*) more+=("${1#*=}") ;;
-    --cuda=*) cuda="${1#*=}" ;;
-    --)
-      shift
-      break
-      ;;
-    *) shared_option "$1" ;;
-  esac
-  shift
-done
+own_option() {
+  [ "${1%%=*}" = --sbatch ] && more+=("${1#*=}")
+}
+parse_options "nodes=1 gpus=8 cpus=8 time=24:00:00 grace=300 name=bitgen partition logs=runs/slurm
+  cuda=cuda13" "$@"
+set -- ${arguments[@]+"${arguments[@]}"}
 count nodes "$nodes"
 count gpus "$gpus"
 count cpus "$cpus"

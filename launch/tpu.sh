@@ -32,6 +32,8 @@
 # A pod needs the workdir on storage that all hosts see: --mount=..., and --workdir below --at. The
 # data is read from there as well. Configs of your own go into configs/. Options are also read from
 # BITGEN_ZONE, BITGEN_TYPE and so on.
+
+# shellcheck disable=SC2154 # parse_options assigns the options
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/common.sh
@@ -42,38 +44,13 @@ case "$action" in
   --help | -h) ;;
   *) fail "unknown action '$action': all, create, install, run, watch, log, stop or delete; --help explains them" ;;
 esac
-zone="${BITGEN_ZONE:-}"
-type="${BITGEN_TYPE:-}"
-name="${BITGEN_NAME:-bitgen}"
-project="${BITGEN_PROJECT:-}"
-runtime="${BITGEN_RUNTIME:-}"
-tier="${BITGEN_TIER:-spot}"
-mount="${BITGEN_MOUNT:-}"
-at="${BITGEN_AT:-/mnt/bitgen}"
-poll="${BITGEN_POLL:-60}"
-restarts="${BITGEN_RESTARTS:-100}"
 delete_after="${BITGEN_DELETE_AFTER:-}"
-while [ $# -gt 0 ]; do
-  case "$1" in
-    --zone=*) zone="${1#*=}" ;;
-    --type=*) type="${1#*=}" ;;
-    --name=*) name="${1#*=}" ;;
-    --project=*) project="${1#*=}" ;;
-    --runtime=*) runtime="${1#*=}" ;;
-    --tier=*) tier="${1#*=}" ;;
-    --mount=*) mount="${1#*=}" ;;
-    --at=*) at="${1#*=}" ;;
-    --poll=*) poll="${1#*=}" ;;
-    --restarts=*) restarts="${1#*=}" ;;
-    --delete-after) delete_after=1 ;;
-    --)
-      shift
-      break
-      ;;
-    *) shared_option "$1" ;;
-  esac
-  shift
-done
+own_option() {
+  [ "$1" = --delete-after ] && delete_after=1
+}
+parse_options "zone type name=bitgen project runtime tier=spot mount at=/mnt/bitgen poll=60
+  restarts=100" "$@"
+set -- ${arguments[@]+"${arguments[@]}"}
 
 # ---- What was asked for, checked before anything is rented ----
 [ -n "$zone" ] || fail "no --zone=ZONE: where the TPU is, such as us-west4-a"
