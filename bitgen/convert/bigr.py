@@ -17,6 +17,7 @@ from bitgen.convert.entries import (
     count_numbered,
     dense,
     layer_rule,
+    renamed,
     shape_votes,
     squeeze,
 )
@@ -50,10 +51,7 @@ def hparams_from_reference(reference: Mapping[str, Any]) -> dict[str, Any]:
     Raises UserError if the tokens are not a square grid or differ from the learned positions.
     """
     # The original's defaults where they are not ours.
-    found: dict[str, Any] = {"adaln": False, "predict_flip": False}
-    for theirs, ours in _REFERENCE_NAMES.items():
-        if theirs in reference:
-            found[ours] = reference[theirs]
+    found = {"adaln": False, "predict_flip": False, **renamed(reference, _REFERENCE_NAMES)}
     tokens = reference.get("block_size", 256)
     side = math.isqrt(tokens)
     if side * side != tokens or reference.get("seq_len", tokens) != tokens:
@@ -124,11 +122,6 @@ def recognise(shapes: Mapping[str, Shape]) -> dict[str, Any] | None:
         "rope_base": 10_000.0,
         "class_tokens": 1,
     }
-
-
-def wrapping(shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    """Returns what `table` needs to know of a file besides the settings: nothing."""
-    return {}
 
 
 def noise_schedule(steps: int) -> dict[str, np.ndarray]:

@@ -18,6 +18,7 @@ from bitgen.convert.entries import (
     Ignore,
     Rule,
     Shape,
+    renamed,
     shape_votes,
     weights,
     zeros,
@@ -51,12 +52,7 @@ def hparams_from_reference(reference: Mapping[str, Any]) -> dict[str, Any]:
     if quantizer != "binary":
         raise UserError(f"quantizer {quantizer!r} cannot be imported, only 'binary'")
     # The original's default, where ours is that of the released files.
-    found: dict[str, Any] = {"norm_first": False}
-    for theirs, ours in _REFERENCE_NAMES.items():
-        if theirs in reference:
-            value = reference[theirs]
-            found[ours] = tuple(value) if isinstance(value, list | tuple) else value
-    return found
+    return {"norm_first": False, **renamed(reference, _REFERENCE_NAMES)}
 
 
 def table(

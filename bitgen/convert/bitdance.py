@@ -20,6 +20,7 @@ from bitgen.convert.entries import (
     count_numbered,
     dense,
     layer_rule,
+    renamed,
     shape_votes,
     squeeze,
 )
@@ -59,10 +60,7 @@ def hparams_from_reference(reference: Mapping[str, Any]) -> dict[str, Any]:
 
     The head is as wide as the transformer unless `diff_dim` says otherwise.
     """
-    found: dict[str, Any] = {}
-    for theirs, ours in _REFERENCE_NAMES.items():
-        if theirs in reference:
-            found[ours] = reference[theirs]
+    found = renamed(reference, _REFERENCE_NAMES)
     side = reference.get("resolution", 256) // reference.get("down_size", 16)
     found["grid"] = (side, side)
     found.setdefault("head_width", found.get("width", 768))

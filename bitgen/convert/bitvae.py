@@ -14,15 +14,15 @@ import numpy as np
 from bitgen.convert.entries import (
     CONV,
     POINTWISE,
-    SAME,
     Constant,
     Entry,
     Ignore,
     Rule,
     Shape,
-    Transform,
     count_numbered,
+    renamed,
     shape_votes,
+    weights,
 )
 from bitgen.errors import UserError
 from bitgen.tokenizers.bitvae import BitVAE, decoder_blocks, encoder_blocks
@@ -65,7 +65,7 @@ def hparams_from_reference(reference: Mapping[str, Any]) -> dict[str, Any]:
     for name, needed in _UNSUPPORTED.items():
         if reference.get(name, needed) != needed:
             raise UserError(f"{name}={reference[name]!r} cannot be imported, only {needed!r}")
-    found = {ours: reference[n] for n, ours in _REFERENCE_NAMES.items() if n in reference}
+    found = renamed(reference, _REFERENCE_NAMES)
     multipliers = reference.get("encoder_ch_mult", reference.get("ch_mult", (1, 2, 4, 4, 4)))
     stride = reference.get("patch_size", 16)
     if tuple(reference.get("decoder_ch_mult", multipliers)) != tuple(multipliers):
@@ -91,24 +91,20 @@ def table(
     conv, norm = ".conv" if conv_level else "", ".norm" if norm_level else ""
     entries: list[Entry] = []
 
-    def add(torch: str, ours: str, kernel: str, transform: Transform) -> None:
-        entries.append(Rule(f"{torch}.weight", f"{ours}/{kernel}", transform))
-        entries.append(Rule(f"{torch}.bias", f"{ours}/bias"))
-
     for side, blocks in (("encoder", encoder_blocks(config)), ("decoder", decoder_blocks(config))):
         for name in ("conv_in", "conv_out"):
-            add(f"{side}.{name}{conv}", f"{side}/{name}", "kernel", CONV)
-        add(f"{side}.norm_out{norm}", f"{side}/norm_out", "scale", SAME)
+            entries += weights(f"{side}.{name}{conv}", f"{side}/{name}", CONV)
+        entries += weights(f"{side}.norm_out{norm}", f"{side}/norm_out", kernel="scale")
         for block, inputs, outputs in blocks:
             torch, ours = f"{side}.{_torch_name(block)}", f"{side}/{block}"
             if block.endswith("sample"):
-                add(f"{torch}.conv{conv}", f"{ours}/conv", "kernel", CONV)
+                entries += weights(f"{torch}.conv{conv}", f"{ours}/conv", CONV)
                 continue
             for i in (1, 2):
-                add(f"{torch}.norm{i}{norm}", f"{ours}/norm{i}", "scale", SAME)
-                add(f"{torch}.conv{i}{conv}", f"{ours}/conv{i}", "kernel", CONV)
+                entries += weights(f"{torch}.norm{i}{norm}", f"{ours}/norm{i}", kernel="scale")
+                entries += weights(f"{torch}.conv{i}{conv}", f"{ours}/conv{i}", CONV)
             if inputs != outputs:
-                add(f"{torch}.nin_shortcut{conv}", f"{ours}/conv_out", "kernel", POINTWISE)
+                entries += weights(f"{torch}.nin_shortcut{conv}", f"{ours}/conv_out", POINTWISE)
     # One module under two names, with the place values of the bits in a number.
     for name in ("quantizer", "quantize"):
         size = (config.code_channels,)

@@ -11,7 +11,17 @@ from typing import Any
 import numpy as np
 
 from bitgen.convert.dcae_names import LAYOUTS, PARTS, recognise, wrapping
-from bitgen.convert.entries import CONV, LINEAR, POINTWISE, SAME, Carry, Entry, Rule, Transform
+from bitgen.convert.entries import (
+    CONV,
+    LINEAR,
+    POINTWISE,
+    SAME,
+    Entry,
+    Rule,
+    Transform,
+    batch_counter,
+    weights,
+)
 from bitgen.errors import UserError, choose
 from bitgen.tokenizers.dcae import DCAE
 from bitgen.tokenizers.dcae_blocks import BLOCKS
@@ -109,38 +119,37 @@ def _encoder(c: DCAE, layout: str) -> list[Entry]:
     names = _resamplers(layout, c.downsample == "unshuffle", c.downsample_shortcut)
     # Without blocks in the first stage, the first convolution is one that halves the resolution.
     first = names[0] if not c.encoder_depths[0] else "conv" if theirs else ""
-    entries = _conv(
-        _join("encoder", "project_in" if theirs else "conv_in", first), "encoder/conv_in"
-    )
+    first = _join("encoder", "project_in" if theirs else "conv_in", first)
+    entries = weights(first, "encoder/conv_in", CONV)
     last = len(c.encoder_widths) - 1
     for i, depth in enumerate(c.encoder_depths):
         entries += _stage(c, "encoder", i, 0, layout)
         if depth and i < last:
             place = f"{_stage_name('encoder', i, layout)}.{depth}.{names[1]}"
-            entries += _conv(place, f"encoder/stage_{i}_down")
+            entries += weights(place, f"encoder/stage_{i}_down", CONV)
     main = "main." if c.encoder_out_shortcut else ""
     out = f"project_out.{main}op_list.0.conv" if theirs else "conv_out"
-    return [*entries, *_conv(f"encoder.{out}", "encoder/conv_out")]
+    return [*entries, *weights(f"encoder.{out}", "encoder/conv_out", CONV)]
 
 
 def _decoder(c: DCAE, layout: str) -> list[Entry]:
     theirs = layout == "efficientvit"
     main = "main." if c.decoder_in_shortcut else ""
     first = f"project_in.{main}conv" if theirs else "conv_in"
-    entries = _conv(f"decoder.{first}", "decoder/conv_in")
+    entries = weights(f"decoder.{first}", "decoder/conv_in", CONV)
     names = _resamplers(layout, True, c.upsample_shortcut)
     last = len(c.decoder_widths) - 1
     for i in range(last, -1, -1):
         resampled = bool(c.decoder_depths[i]) and i < last
         if resampled:
             place = f"{_stage_name('decoder', i, layout)}.0.{names[1]}"
-            entries += _conv(place, f"decoder/stage_{i}_up")
+            entries += weights(place, f"decoder/stage_{i}_up", CONV)
         entries += _stage(c, "decoder", i, int(resampled), layout)
     norm = "decoder.project_out.op_list.0" if theirs else "decoder.norm_out"
     entries += _norm(norm, "decoder/norm_out", c.decoder_out_norm)
     final = names[0] if not c.decoder_depths[0] else "conv" if theirs else ""
     out = "project_out.op_list.2" if theirs else "conv_out"
-    return [*entries, *_conv(_join("decoder", out, final), "decoder/conv_out")]
+    return [*entries, *weights(_join("decoder", out, final), "decoder/conv_out", CONV)]
 
 
 def _stage(c: DCAE, side: str, i: int, start: int, layout: str) -> list[Entry]:
@@ -181,8 +190,8 @@ def _attention_block(place: str, ours: str, scaled: bool, norm: str, layout: str
     matrix = POINTWISE if layout == "efficientvit" else LINEAR
     entries.append(Rule(f"{names['attention/out']}.weight", f"{ours}/attention/out/kernel", matrix))
     entries += _norm(names["attention/norm"], f"{ours}/attention/norm", norm)
-    entries += _conv(names["mlp/in"], f"{ours}/mlp/in", POINTWISE)
-    entries += _conv(names["mlp/depth"], f"{ours}/mlp/depth")
+    entries += weights(names["mlp/in"], f"{ours}/mlp/in", POINTWISE)
+    entries += weights(names["mlp/depth"], f"{ours}/mlp/depth", CONV)
     entries.append(Rule(f"{names['mlp/out']}.weight", f"{ours}/mlp/out/kernel", POINTWISE))
     return [*entries, *_norm(names["mlp/norm"], f"{ours}/mlp/norm", norm)]
 
@@ -205,13 +214,6 @@ def _join(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
 
-def _conv(torch: str, ours: str, transform: Transform = CONV) -> list[Entry]:
-    return [
-        Rule(f"{torch}.weight", f"{ours}/kernel", transform),
-        Rule(f"{torch}.bias", f"{ours}/bias"),
-    ]
-
-
 def _norm(torch: str, ours: str, kind: str, numbers: Iterable[str] = ()) -> list[Entry]:
     """A norm, or those that `numbers` stand for in place of {n}."""
     numbers = tuple(numbers)
@@ -224,9 +226,5 @@ def _norm(torch: str, ours: str, kind: str, numbers: Iterable[str] = ()) -> list
         for theirs, leaf in leaves.items()
     ]
     if kind == "batch":
-        reason = "number of batches that batch normalisation has seen, used by no computation"
-        for n in numbers or ("",):
-            name = f"{torch.replace('{n}', n)}.num_batches_tracked"
-            # PyTorch counts in int64.
-            entries.append(Carry(name, reason, (), lambda shape: np.zeros(shape, np.int64)))
+        entries += [batch_counter(torch.replace("{n}", n)) for n in numbers or ("",)]
     return entries

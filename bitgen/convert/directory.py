@@ -29,7 +29,7 @@ class Family(NamedTuple):
     """How the files of one family are read and written."""
 
     kind: str  # tokenizer or generator
-    convert: ModuleType  # with table, recognise and wrapping
+    convert: ModuleType  # with table, recognise and, where names vary, wrapping
     wrapped: str | None  # the key under which released files hold the state dict
 
 
@@ -41,6 +41,11 @@ FAMILIES = {
     "bitvae": Family("tokenizer", bitvae, "vae"),
     "dcae": Family("tokenizer", dcae, "state_dict"),
 }
+
+
+def find_wrapping(convert: ModuleType, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """Returns what a family's `table` needs to know of a file besides the settings."""
+    return convert.wrapping(shapes) if hasattr(convert, "wrapping") else {}
 
 
 class Imported(NamedTuple):
@@ -76,7 +81,7 @@ def import_file(
     tensors = open_tensors(source, weights)
     family, hparams, looks_like = _recognise(tensors, model)
     kind, convert, _ = FAMILIES[family]
-    wrapping = convert.wrapping(tensors.shapes)
+    wrapping = find_wrapping(convert, tensors.shapes)
     try:
         target = _target(kind, family, hparams)
         plan = plan_import(convert.table(hparams, **wrapping), tensors.shapes, target)

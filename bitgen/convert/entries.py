@@ -192,6 +192,21 @@ class Matcher:
         return found + [(entry, match.groupdict()) for entry, match in tried if match]
 
 
+def renamed(reference: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the original's hyper-parameters that `names` has, under our names."""
+    return {
+        ours: tuple(value) if isinstance(value := reference[theirs], list | tuple) else value
+        for theirs, ours in names.items()
+        if theirs in reference
+    }
+
+
+def batch_counter(torch: str) -> Carry:
+    """Returns the entry of a PyTorch batch norm's counter, which is int64."""
+    reason = "number of batches that batch normalisation has seen, used by no computation"
+    return Carry(f"{torch}.num_batches_tracked", reason, (), lambda s: np.zeros(s, np.int64))
+
+
 def shape_votes(
     shapes: Mapping[str, Shape], pattern: str, axis: int, default: int | None = None
 ) -> int | None:

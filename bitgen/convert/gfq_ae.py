@@ -21,6 +21,7 @@ from bitgen.convert.entries import (
     Rule,
     Shape,
     count_numbered,
+    renamed,
     shape_votes,
     weights,
 )
@@ -58,17 +59,9 @@ def hparams_from_reference(reference: Mapping[str, Any]) -> dict[str, Any]:
             f"in_channels {channels} and out_ch {reference['out_ch']} cannot be imported, they "
             "must be equal"
         )
-    found: dict[str, Any] = {
-        "channels": channels,
-        "groups": 1,
-        "image_size": _IMAGE_SIZE,
-        "noise_decoder": False,
-    }
-    for theirs, ours in _REFERENCE_NAMES.items():
-        value = reference.get(theirs)
-        if value is not None:
-            found[ours] = tuple(value) if isinstance(value, list | tuple) else value
-    return found
+    given = {name: value for name, value in reference.items() if value is not None}
+    found = {"channels": channels, "groups": 1, "image_size": _IMAGE_SIZE, "noise_decoder": False}
+    return {**found, **renamed(given, _REFERENCE_NAMES)}
 
 
 def table(hparams: Mapping[str, Any]) -> list[Entry]:
@@ -108,12 +101,6 @@ def torch_shapes(hparams: Mapping[str, Any]) -> dict[str, Shape]:
     nothing = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), target)
     written = export_tensors(table(hparams), nothing, {}, hparams, target)
     return {name: tensor.shape for name, tensor in written}
-
-
-def wrapping(shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    """Returns what `table` needs to know of a file besides the settings: nothing."""
-    del shapes
-    return {}
 
 
 def recognise(shapes: Mapping[str, Shape]) -> dict[str, Any] | None:

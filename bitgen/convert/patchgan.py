@@ -4,9 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
-from bitgen.convert.entries import CONV, Carry, Entry, Rule, Shape, shape_votes
+from bitgen.convert.entries import CONV, Carry, Entry, Rule, Shape, batch_counter, shape_votes
 from bitgen.losses.adversarial import PatchDiscriminator, discriminator_layout
 
 # Our names under {params, batch_stats} of each tensor of a block, and the layout.
@@ -36,7 +34,7 @@ def table(hparams: Mapping[str, Any], prefix: str = "disc.") -> list[Entry]:
         for tensor, ours, *transform in _TENSORS[kind]:
             entries.append(Rule(f"{torch}.{tensor}", ours.format(name=name), *transform))
         if kind == "batch_norm":
-            entries.append(_counter(torch))
+            entries.append(batch_counter(torch))
     return entries
 
 
@@ -58,7 +56,7 @@ def carried(hparams: Mapping[str, Any], prefix: str = "disc.") -> list[Entry]:
         else:
             for tensor in ("weight", "running_mean", "running_var"):
                 entries.append(Carry(f"{torch}.{tensor}", reason, (features,)))
-            entries.append(_counter(torch))
+            entries.append(batch_counter(torch))
         if kind != "conv_no_bias":
             entries.append(Carry(f"{torch}.bias", reason, (features,)))
     return entries
@@ -72,9 +70,3 @@ def recognise(shapes: Mapping[str, Shape], prefix: str = "disc.") -> dict[str, A
     if width is None or max(indices) < 5:
         return None
     return {"layers": -(-(max(indices) - 2) // 3), "width": width}  # the last index is 3 layers + 2
-
-
-def _counter(torch: str) -> Carry:
-    reason = "number of batches that batch normalisation has seen, used by no computation"
-    # PyTorch counts in int64.
-    return Carry(f"{torch}.num_batches_tracked", reason, (), lambda s: np.zeros(s, np.int64))

@@ -55,57 +55,68 @@ class WeightsFile:
         return self.url.rsplit("/", 1)[1]
 
 
-def _binary_ae(name: str, size: str, file: str, gigabytes: float | None, **fields: Any) -> Entry:
+def _binary_ae(name: str, step: int, *, gigabytes: float | None = None, **fields: Any) -> Entry:
     hparams = fields.pop("hparams")
     pixels = hparams.get("image_size", 256)
+    file = f"binaryae_ema_{step}.th"
     return Entry(
-        name, "tokenizer", "binary_ae", size, pixels, file, gigabytes, hparams=hparams, **fields
-    )
+        name, "tokenizer", "binary_ae", pixels=pixels, file=file, gigabytes=gigabytes,
+        hparams=hparams, **fields,
+    )  # fmt: skip
 
 
-def _bigr(name: str, size: str, gigabytes: float, tokenizer: str, **fields: Any) -> Entry:
-    hparams = fields.pop("hparams")
+def _bigr_bae(name: str, step: int, gigabytes: float, **hparams: Any) -> Entry:
+    size = name.replace("_512", ", 512 px")
+    repository, folder = "haoosz/BiGR", f"bae/bae_{name}/"
+    return _binary_ae(
+        f"bigr_bae_{name}", step, size=size, gigabytes=gigabytes, repository=repository,
+        folder=folder, hparams=hparams,
+    )  # fmt: skip
+
+
+def _bigr(name: str, gigabytes: float, sizes: dict[str, Any], fid: str = "") -> Entry:
+    size, bits, *large = name.split("_")
     return Entry(
-        name,
+        f"bigr_{name}",
         "generator",
         "bigr",
-        size,
-        16 * hparams.get("grid", (16, 16))[0],
-        f"{name}.pt",
+        ", ".join([bits, size, *(f"{pixels} px" for pixels in large)]),
+        16 * sizes.get("grid", (16, 16))[0],
+        f"bigr_{name}.pt",
         gigabytes,
         "haoosz/BiGR",
         "gpt/",
         wrapped="ema",
-        tokenizer=tokenizer,
-        hparams=hparams,
-        **fields,
+        expected=fid,
+        tokenizer=f"bigr_bae_{name.removeprefix(size + '_')}",
+        hparams={**sizes, "bits": int(bits[1:])},
     )
 
 
-def _bitvae(size: str, rfid_256: float, psnr_256: float, rfid_512: float, psnr_512: float) -> Entry:
+def _bitvae(name: str, size: str, file: str, expected: str = "", **hparams: Any) -> Entry:
     return Entry(
-        f"bitvae_{size}",
+        f"bitvae_{name}",
         "tokenizer",
         "bitvae",
         size,
         256,
-        f"infinity_vae_{size}.pth",
+        f"infinity_vae_{file}.pth",
         None,
         "FoundationVision/Infinity",
         wrapped="vae",
-        expected=f"rFID {rfid_256}, PSNR {psnr_256}; 512 px: {rfid_512}, {psnr_512}",
-        hparams={"bits": int(size[1:3])},
+        expected=expected,
+        hparams=hparams,
     )
 
 
-def _bitdance(size: str, fid: float, **hparams: Any) -> Entry:
+def _bitdance(name: str, fid: float, **hparams: Any) -> Entry:
     return Entry(
-        f"bitdance_{size.replace('-', '_')}",
+        f"bitdance_{name}",
         "generator",
         "bitdance",
-        size,
+        name.replace("_", "-"),
         256,
-        f"BitDance_{size.replace('-', '_')}.pt",
+        f"BitDance_{name}.pt",
         None,
         "shallowdream204/BitDance-ImageNet",
         wrapped="ema",
@@ -179,9 +190,8 @@ _ENTRIES = (
     # Binary Latent Diffusion, ZeWang95/BinaryLatentDiffusion.
     _binary_ae(
         "bld_bae_c64",
-        "C64",
-        "binaryae_ema_8100000.th",
-        None,
+        8100000,
+        size="C64",
         repository=None,
         url=f"{_DRIVE}1CFlixXLnEHZ0jaRLXLS4d_bJMZwG-Iih",
         expected="fair on any image",
@@ -189,91 +199,46 @@ _ENTRIES = (
     ),
     _binary_ae(
         "bld_bae_c128",
-        "C128",
-        "binaryae_ema_10200000.th",
-        None,
+        10200000,
+        size="C128",
         repository=None,
         url=f"{_DRIVE}1rlWjd5iDOydTrxJyfvLZ8oDogRB3HiMe",
         expected="better than C64",
         hparams={"bits": 128, "decoder_multiplier": 3.0},
     ),
     # BiGR, haoosz/BiGR.
-    _binary_ae(
-        "bigr_bae_d24",
-        "d24",
-        "binaryae_ema_1000000.th",
-        0.33,
-        repository="haoosz/BiGR",
-        folder="bae/bae_d24/",
-        hparams={"bits": 24},
+    _bigr_bae("d24", 1000000, 0.33, bits=24),
+    _bigr_bae("d32", 950000, 0.33, bits=32),
+    _bigr_bae("d32_512", 720000, 0.32, bits=32, image_size=512),
+    _bigr("L_d24", 1.35, _L, "FID 2.71"),
+    _bigr("XL_d24", 3.20, _XL, "FID 2.49"),
+    _bigr("XXL_d24", 5.92, _XXL, "FID 2.36"),
+    _bigr("XXL_d32", 5.92, _XXL),
+    _bigr("L_d32_512", 1.49, _L_512),
+    # BitVAE, FoundationVision/BitVAE: rFID and PSNR at 256 and 512 pixels.
+    *(
+        _bitvae(
+            size,
+            size,
+            size,
+            f"rFID {figures[0]}, PSNR {figures[1]}; 512 px: {figures[2]}, {figures[3]}",
+            bits=int(size[1:3]),
+        )
+        for size, figures in {
+            "d16": (1.22, 20.9, 0.31, 22.6),
+            "d24": (0.75, 22.0, 0.30, 23.5),
+            "d32": (0.61, 22.7, 0.23, 24.4),
+            "d64": (0.33, 24.9, 0.15, 26.4),
+            "d32reg": (0.75, 21.9, 0.32, 23.6),
+        }.items()
     ),
-    _binary_ae(
-        "bigr_bae_d32",
-        "d32",
-        "binaryae_ema_950000.th",
-        0.33,
-        repository="haoosz/BiGR",
-        folder="bae/bae_d32/",
-        hparams={"bits": 32},
-    ),
-    _binary_ae(
-        "bigr_bae_d32_512",
-        "d32, 512 px",
-        "binaryae_ema_720000.th",
-        0.32,
-        repository="haoosz/BiGR",
-        folder="bae/bae_d32_512/",
-        hparams={"bits": 32, "image_size": 512},
-    ),
-    _bigr(
-        "bigr_L_d24",
-        "d24, L",
-        1.35,
-        "bigr_bae_d24",
-        expected="FID 2.71",
-        hparams={**_L, "bits": 24},
-    ),
-    _bigr(
-        "bigr_XL_d24",
-        "d24, XL",
-        3.20,
-        "bigr_bae_d24",
-        expected="FID 2.49",
-        hparams={**_XL, "bits": 24},
-    ),
-    _bigr(
-        "bigr_XXL_d24",
-        "d24, XXL",
-        5.92,
-        "bigr_bae_d24",
-        expected="FID 2.36",
-        hparams={**_XXL, "bits": 24},
-    ),
-    _bigr("bigr_XXL_d32", "d32, XXL", 5.92, "bigr_bae_d32", hparams={**_XXL, "bits": 32}),
-    _bigr(
-        "bigr_L_d32_512",
-        "d32, L, 512 px",
-        1.49,
-        "bigr_bae_d32_512",
-        hparams={**_L_512, "bits": 32},
-    ),
-    # BitVAE, FoundationVision/BitVAE.
-    _bitvae("d16", 1.22, 20.9, 0.31, 22.6),
-    _bitvae("d24", 0.75, 22.0, 0.30, 23.5),
-    _bitvae("d32", 0.61, 22.7, 0.23, 24.4),
-    _bitvae("d64", 0.33, 24.9, 0.15, 26.4),
-    _bitvae("d32reg", 0.75, 21.9, 0.32, 23.6),
-    Entry(
-        "bitvae_patchify_d14",
-        "tokenizer",
-        "bitvae",
+    _bitvae(
+        "patchify_d14",
         "d14, patches of 2x2",
-        256,
-        "infinity_vae_d56_f8_14_patchify.pth",
-        None,
-        "FoundationVision/Infinity",
-        wrapped="vae",
-        hparams={"bits": 56, "patch": 2, "multipliers": (1, 2, 4, 4)},
+        "d56_f8_14_patchify",
+        bits=56,
+        patch=2,
+        multipliers=(1, 2, 4, 4),
     ),
     # DC-AE, mit-han-lab/efficientvit; "mix" and "in" are the networks of one size.
     _dcae("f32c32", "in"),
@@ -295,11 +260,11 @@ _ENTRIES = (
         "shallowdream204/BitDance-ImageNet",
         wrapped="state_dict",
     ),
-    _bitdance("B-1x", 1.68),
-    _bitdance("B-4x", 1.69, together=4),
-    _bitdance("B-16x", 1.91, together=16),
-    _bitdance("L-1x", 1.31, **_BITDANCE_L),
-    _bitdance("H-1x", 1.24, **_BITDANCE_H),
+    _bitdance("B_1x", 1.68),
+    _bitdance("B_4x", 1.69, together=4),
+    _bitdance("B_16x", 1.91, together=16),
+    _bitdance("L_1x", 1.31, **_BITDANCE_L),
+    _bitdance("H_1x", 1.24, **_BITDANCE_H),
 )
 
 ZOO = {entry.name: entry for entry in _ENTRIES}
