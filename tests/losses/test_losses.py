@@ -9,10 +9,10 @@ from helpers.synthetic import load_golden, synthetic_state_dict, synthetic_tenso
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from bitgen.errors import UserError
+from bitgen.losses import augment
 from bitgen.losses.adversarial import (
     PatchDiscriminator,
     adaptive_weight,
-    augment,
     discriminator_layout,
     generator_loss,
     hinge_discriminator_loss,
