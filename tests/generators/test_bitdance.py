@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from bitgen import build
 from bitgen.errors import UserError
-from bitgen.generators.bitdance import BitDance, flip, group_causal_mask
+from bitgen.generators.bitdance import BitDance, block_causal_mask, flip
 from bitgen.heads.rectified_flow import flow_times
 from bitgen.nn import attention
 from bitgen.runtime.mesh import make_mesh
@@ -194,10 +194,10 @@ def test_settings_that_make_no_sampler(models):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"together": 8}, "square patches that tile the grid 4 x 4: together=8 does not"),
-        ({"together": 9}, "square patches that tile the grid 4 x 4: together=9 does not"),
-        ({"together": 3, "patch_order": False}, "16 tokens are no multiple of together=3"),
-        ({"cells": 3}, r"grid \(4, 4\) is no multiple of cells 3"),
+        ({"together": 8}, "grid of 4 x 4 tokens: patches of together=8 tokens do not"),
+        ({"together": 9}, "grid of 4 x 4 tokens: patches of together=9 tokens do not"),
+        ({"together": 3, "patch_order": False}, "16 tokens are not a multiple of together=3"),
+        ({"cells": 3}, r"grid \(4, 4\) is not a multiple of cells 3"),
         ({"head_layers": 5, "head_modulations": 2}, "multiple of its modulations, got 5 and 2"),
     ],
 )
@@ -247,8 +247,8 @@ def test_mask_of_groups():
         111111
     """
     expected = np.array([[c == "1" for c in row] for row in expected.split()])
-    np.testing.assert_array_equal(group_causal_mask(6, 2, 2), expected)
-    np.testing.assert_array_equal(group_causal_mask(5, 2, 1), np.tri(5, dtype=bool))
+    np.testing.assert_array_equal(block_causal_mask(6, 2, 2), expected)
+    np.testing.assert_array_equal(block_causal_mask(5, 2, 1), np.tri(5, dtype=bool))
 
 
 @pytest.mark.parametrize("together", [1, 4])
@@ -282,7 +282,7 @@ def test_gradients_are_finite_at_the_length_of_training(monkeypatch, together, i
 @pytest.mark.parametrize("together", [0, 1, 4])
 def test_padding_the_length_changes_nothing(monkeypatch, together):
     """Without a mask, causal, and by groups."""
-    mask = group_causal_mask(21, 5 if together == 4 else 0, together) if together else None
+    mask = block_causal_mask(21, 5 if together == 4 else 0, together) if together else None
     q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 21, 2, 8))
 
     def value(q, k, v):

@@ -9,11 +9,10 @@ from helpers.synthetic import load_golden, synthetic_state_dict, synthetic_tenso
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from bitgen.errors import UserError
-from bitgen.losses import (
+from bitgen.losses import augment
+from bitgen.losses.adversarial import (
     PatchDiscriminator,
     adaptive_weight,
-    augment,
-    diff_augment,
     discriminator_layout,
     generator_loss,
     hinge_discriminator_loss,
@@ -21,6 +20,7 @@ from bitgen.losses import (
     lecam_loss,
     weighted_loss,
 )
+from bitgen.losses.augment import diff_augment
 
 
 def nhwc(array) -> np.ndarray:

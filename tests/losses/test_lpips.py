@@ -11,7 +11,7 @@ import torch
 from helpers.synthetic import load_golden, synthetic_state_dict
 
 from bitgen.errors import UserError
-from bitgen.losses import load_lpips, lpips_distance, lpips_shapes
+from bitgen.losses.lpips import load_lpips, lpips_distance, lpips_shapes
 
 
 def nhwc(array) -> jax.Array:
