@@ -14,7 +14,13 @@ SIZES = {"width": 32, "layers": 3, "heads": 2, "bits": 6, "grid": (4, 4), "num_c
 MODULES = {
     "bigr": BiGR(**SIZES, denoiser_width=16, denoiser_layers=2, mlp_multiple=16, dropout=0.5),
     "bitdance": BitDance(
-        **SIZES, head_width=16, head_layers=2, mlp_multiple=16, class_tokens=2, dropout=0.5
+        **SIZES,
+        head_width=16,
+        head_layers=2,
+        mlp_multiple=16,
+        class_tokens=2,
+        together=4,
+        dropout=0.5,
     ),
 }
 HOW = {
