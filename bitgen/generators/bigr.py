@@ -105,7 +105,6 @@ class BiGR(nn.Module):
         _, features = self._transformer(
             bits, mask, self.embed_labels(labels), train=False, features=True
         )
-        assert features is not None
         return features[:, :, self.class_tokens :]
 
     def loss(
@@ -136,7 +135,7 @@ class BiGR(nn.Module):
 
     @nn.compact
     def _transformer(self, bits, mask, classes, *, train: bool, features: bool):
-        """Returns the residual stream [b, n + class tokens, d], and of each layer or None."""
+        """Returns the last residual stream [b, m, d], and all [l, b, m, d] if `features`."""
         x = self.bits_embedding(bits.astype(self.dtype))
         x = jnp.where(mask[..., None], self.mask_token.astype(self.dtype)[None, None], x)
         classes = jnp.repeat(classes[:, None], self.class_tokens, axis=1).astype(self.dtype)

@@ -178,7 +178,6 @@ class BitDance(nn.Module):
     ) -> Float[Array, "l b n d"]:
         """Returns the residual stream after each layer at the positions that predict the tokens."""
         _, features = self._transformer(bits, labels, train=False, features=True)
-        assert features is not None
         return features[:, :, -self.tokens :]
 
     def loss(
@@ -222,7 +221,7 @@ class BitDance(nn.Module):
 
     @nn.compact
     def _transformer(self, bits, labels, *, train: bool, features: bool):
-        """Returns the residual stream [b, length, d] and each layer's [l, ...] or None."""
+        """Returns the last residual stream [b, m, d], and all [l, b, m, d] if `features`."""
         groups = self.order(bits)[:, :-1]  # [b, g - 1, p, k]
         tokens = groups.reshape(len(bits), -1, self.token_bits)
         x = jnp.concatenate([self.embed_labels(labels), self.embed_bits(tokens)], axis=1)

@@ -44,8 +44,11 @@ HELP = (
 
 # The prefix in a training checkpoint, `perceptual.` of a B-AE, `loss.perceptual_loss.` of a VQGAN.
 _PREFIX = re.compile(r"(?:.*\.)?perceptual(?:_loss)?\.")
-_CONV = re.compile(r"(?:features|net\.slice[1-5])\.(\d+)\.(weight|bias)")
-_LIN = re.compile(r"lins?\.?([0-4])\.model\.[01]\.weight")  # the lpips package lists each one twice
+# Other names -> those of `_torch_name`; the lpips package lists each channel weight twice.
+_SYNONYMS = (
+    (re.compile(r"^net\.slice[1-5]\."), "features."),
+    (re.compile(r"^lins?\.?([0-4])\.model\.[01]\."), r"lin\1.model.1."),
+)
 _SCALING = re.compile(r"scaling_layer\.(shift|scale)")
 _CLASSIFIER = re.compile(r"(classifier|pre_logits|head)\..*")  # VGG16's last layers, not used
 
@@ -200,9 +203,13 @@ def params_from_tensors(
     tensors: list[tuple[str, Any]], origin: str
 ) -> dict[str, dict[str, np.ndarray]]:
     """Returns the tensors renamed and transposed; raises a UserError that lists all faults."""
-    shapes = lpips_shapes()
+    leaves = {
+        _torch_name(module, leaf): (module, leaf, shape)
+        for module, shapes in lpips_shapes().items()
+        for leaf, shape in shapes.items()
+    }
     tree: dict[str, dict[str, np.ndarray]] = {}
-    filled_by: dict[tuple[str, str], str] = {}
+    filled_by: dict[str, str] = {}
     faults = []
     for name, value in tensors:
         if _CLASSIFIER.fullmatch(name):
@@ -212,41 +219,30 @@ def params_from_tensors(
             if not np.allclose(np.ravel(_to_numpy(value)), constants, atol=1e-6):
                 faults.append(f"{name}: not the constants {constants}")
             continue
-        leaf = _leaf(name)
-        if leaf is None or leaf[0] not in shapes:
+        key = name
+        for pattern, replacement in _SYNONYMS:
+            key = pattern.sub(replacement, key)
+        if key not in leaves:
             faults.append(f"{name}: unknown")
             continue
+        module, leaf, shape = leaves[key]
         array = _to_numpy(value)
-        if leaf[0].startswith("lin_"):
+        if module.startswith("lin_"):
             array = array.reshape(-1) if array.shape == (1, array.size, 1, 1) else array
         elif array.ndim == 4:
             array = np.ascontiguousarray(array.transpose(2, 3, 1, 0))
-        expected = shapes[leaf[0]][leaf[1]]
-        if array.shape != expected:
-            faults.append(f"{name}: shape {tuple(value.shape)} does not give {expected}")
-        elif leaf in filled_by and not np.array_equal(tree[leaf[0]][leaf[1]], array):
-            faults.append(f"{name}: differs from {filled_by[leaf]}")
-        tree.setdefault(leaf[0], {})[leaf[1]] = array
-        filled_by[leaf] = name
-    faults += [
-        f"{_torch_name(module, leaf)}: missing"
-        for module, leaves in shapes.items()
-        for leaf in leaves
-        if (module, leaf) not in filled_by
-    ]
+        if array.shape != shape:
+            faults.append(f"{name}: shape {tuple(value.shape)} does not give {shape}")
+        elif key in filled_by and not np.array_equal(tree[module][leaf], array):
+            faults.append(f"{name}: differs from {filled_by[key]}")
+        tree.setdefault(module, {})[leaf] = array
+        filled_by[key] = name
+    faults += [f"{key}: missing" for key in leaves if key not in filled_by]
     if not filled_by:
         raise UserError(f"LPIPS weights: {origin} holds no VGG16 or LPIPS tensor: {HELP}")
     if faults:
         raise UserError(f"LPIPS weights in {origin}: {'; '.join(faults)}. {HELP}")
     return tree
-
-
-def _leaf(name: str) -> tuple[str, str] | None:
-    if conv := _CONV.fullmatch(name):
-        return f"features_{conv[1]}", "kernel" if conv[2] == "weight" else "bias"
-    if lin := _LIN.fullmatch(name):
-        return f"lin_{lin[1]}", "kernel"
-    return None
 
 
 def _torch_name(module: str, leaf: str) -> str:

@@ -14,7 +14,7 @@ from helpers.tokenizers import BITVAE as SMALL
 from helpers.tokenizers import apply
 from PIL import Image
 
-from bitgen import build, config
+from bitgen import config
 from bitgen.convert import bitvae
 from bitgen.convert.directory import export_file, import_file
 from bitgen.convert.rules import export_tensors
@@ -254,11 +254,8 @@ def test_training_is_random_only_where_settings_say_so(small):
 def write_file(path, levels=(True, True), extra=None, **fields):
     """A file as released, of random tensors -> the parameters and the tensors."""
     hparams = {**SMALL, "schedule": "dynamic", "image_size": 32, **fields}
-    target = build.param_shapes(BitVAE(**hparams))
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), target)
-    table = bitvae.table(hparams, *levels)
-    tensors = dict(export_tensors(table, params, {}, hparams, target))
+    params = tokenizers.random_params(BitVAE(**hparams))
+    tensors = dict(export_tensors(bitvae.table(hparams, *levels), params, {}, hparams, params))
     state = {n: torch.from_numpy(x) for n, x in {**tensors, **(extra or {})}.items()}
     torch.save({"vae": state}, path)
     return params, tensors
