@@ -45,8 +45,8 @@ class Bernoulli(Quantizer):
             bits = self.bits(z)
         else:
             bits = jax.random.bernoulli(key, probs)
-        codes = straight_through(self.codes(bits), probs)
         uncertain = jax.nn.sigmoid(probs) * jax.nn.sigmoid(-probs)
+        codes = straight_through(self.codes(bits), probs)
         return Quantized(codes, bits, {"code": jnp.mean(uncertain)})
 
 
