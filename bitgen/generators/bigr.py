@@ -1,10 +1,8 @@
 """BiGR (Hao et al., arXiv 2410.14672): a bidirectional transformer over binary tokens.
 
-Masked tokens are replaced by a learned vector; the transformer's output at each token conditions
-the Bernoulli head that draws its bits. One class token stands in front of the image's tokens.
+A class token precedes the image's tokens. Masked tokens are replaced by a learned vector, and the
+transformer's output at each token conditions the Bernoulli head that draws its bits.
 """
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +12,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bitgen.heads.bernoulli import BernoulliHead
 from bitgen.nn.attention import Implementation, SelfAttention
-from bitgen.nn.dropout import Dropout
+from bitgen.nn.embeddings import grid_rotations
 from bitgen.nn.mlp import SwiGLU, swiglu_width
 from bitgen.nn.norms import Dtype, RMSNorm
-from bitgen.nn.remat import Remat, remat_layer
-from bitgen.nn.rope import grid_rotations
+from bitgen.nn.remat import Dropout, Remat, scan_layers
 
 
 class BiGR(nn.Module):
@@ -45,28 +42,26 @@ class BiGR(nn.Module):
     norm_eps: float = 1e-5
     rope_base: float = 10_000.0
     attention: Implementation = "auto"
-    unroll: bool = False  # the loop over layers: faster steps, longer compiling
+    unroll: bool = False  # the scan over layers: faster steps, slower compilation
     remat: Remat = False
     dtype: Dtype = jnp.float32
 
     @property
     def tokens(self) -> int:
-        """Tokens of an image."""
+        """Tokens of an image, n."""
         return self.grid[0] * self.grid[1]
 
     def setup(self):
-        normal = nn.initializers.normal
-        width = self.width
+        normal, zeros, width = nn.initializers.normal, nn.initializers.zeros, self.width
+
+        def table(name, rows):
+            return self.param(name, normal(0.02), (rows, width), jnp.float32)
+
         self.mask_token = self.param("mask_token", normal(1.0), (width,), jnp.float32)
-        self.class_embedding = self.param(
-            "class_embedding", normal(0.02), (self.num_classes + 1, width), jnp.float32
-        )
-        self.position_embedding = self.param(
-            "position_embedding", normal(0.02), (self.tokens, width), jnp.float32
-        )
+        self.class_embedding = table("class_embedding", self.num_classes + 1)
+        self.position_embedding = table("position_embedding", self.tokens)
         self.bits_embedding = nn.Dense(width, kernel_init=normal(0.02), dtype=self.dtype)
         if self.adaln:
-            zeros = nn.initializers.zeros
             self.shared_modulation = nn.Dense(
                 6 * width, kernel_init=zeros, dtype=self.dtype, name="adaln"
             )
@@ -96,7 +91,7 @@ class BiGR(nn.Module):
         *,
         train: bool = False,
     ) -> Float[Array, "b n d"]:
-        """Returns the conditioning of the head, float32; bits where `mask` is true are not read."""
+        """Returns the head's conditioning, float32; bits where `mask` is true are ignored."""
         h, _ = self._transformer(bits, mask, classes, train=train, features=False)
         cond = self.norm(h)[:, self.class_tokens :].astype(jnp.float32)
         return cond + self.position_embedding[None]
@@ -104,13 +99,12 @@ class BiGR(nn.Module):
     def features(
         self, bits: Bool[Array, "b h w k"], labels: Int[Array, " b"]
     ) -> Float[Array, "l b n d"]:
-        """Returns the residual stream after each layer with nothing masked, as BiGR probes it."""
+        """Returns the residual stream after each layer with no token masked, to probe it."""
         bits = bits.reshape(len(bits), self.tokens, self.bits)
         mask = jnp.zeros(bits.shape[:2], bool)
         _, features = self._transformer(
             bits, mask, self.embed_labels(labels), train=False, features=True
         )
-        assert features is not None
         return features[:, :, self.class_tokens :]
 
     def loss(
@@ -118,8 +112,8 @@ class BiGR(nn.Module):
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """Returns the mean loss over masked tokens and metrics; the rng is named 'loss'.
 
-        All images mask the same random number of tokens, cos(pi/2 u) of them, at least one;
-        labels are dropped to the null class at the rate `label_dropout` when training.
+        Every image masks the same share of its tokens, cos(pi/2 u) with u uniform, at least one
+        token. Training replaces labels by the null class with probability `label_dropout`.
         """
         ratio_key, mask_key, label_key, head_key = jax.random.split(self.make_rng("loss"), 4)
         b, n = bits.shape[0], self.tokens
@@ -141,7 +135,7 @@ class BiGR(nn.Module):
 
     @nn.compact
     def _transformer(self, bits, mask, classes, *, train: bool, features: bool):
-        """-> residual stream [b, class tokens + n, d] and, if asked, each layer's [l, ...]."""
+        """Returns the last residual stream [b, m, d], and all [l, b, m, d] if `features`."""
         x = self.bits_embedding(bits.astype(self.dtype))
         x = jnp.where(mask[..., None], self.mask_token.astype(self.dtype)[None, None], x)
         classes = jnp.repeat(classes[:, None], self.class_tokens, axis=1).astype(self.dtype)
@@ -150,16 +144,7 @@ class BiGR(nn.Module):
         if self.adaln:
             modulation = self.shared_modulation(nn.silu(classes))
             modulation = modulation.reshape(*classes.shape[:2], 6, self.width)
-        block = remat_layer(_Block, self.remat, scanned=True)
-        over_all: Any = (nn.broadcast, nn.broadcast)
-        layers = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=over_all,
-            length=self.layers,
-            unroll=self.layers if self.unroll else 1,
-        )(
+        layers = scan_layers(_Block, self.layers, 2, remat=self.remat, unroll=self.unroll)(
             self.heads,
             swiglu_width(self.width, self.mlp_multiple),
             self.norm_eps,
@@ -173,7 +158,7 @@ class BiGR(nn.Module):
 
     def _rotations(self):
         cells = grid_rotations(*self.grid, self.width // self.heads, self.rope_base)
-        # Zeros, not the identity: the class token has no query or key, and is read by nobody.
+        # Zeros, not the identity: the class token's query and key are zero.
         front = np.zeros((self.class_tokens, *cells.shape[1:]), np.float32)
         return jnp.asarray(np.concatenate([front, cells]))
 
@@ -189,9 +174,9 @@ class _Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, modulation, rotations):
-        shape = (6, x.shape[-1])
+        width = x.shape[-1]
         attention = SelfAttention(self.heads, self.attention, self.dtype, name="attention")
-        mlp = SwiGLU(self.mlp_hidden, self.dtype, name="mlp")
+        mlp = SwiGLU(self.mlp_hidden, width, dtype=self.dtype, name="mlp")
         drop = Dropout(self.dropout)
         attention_norm = RMSNorm(self.norm_eps, name="attention_norm")
         mlp_norm = RMSNorm(self.norm_eps, name="mlp_norm")
@@ -199,8 +184,8 @@ class _Block(nn.Module):
             x = x + drop(attention(attention_norm(x), rotations))
             x = x + drop(mlp(mlp_norm(x)))
         else:
-            init = nn.initializers.normal(shape[-1] ** -0.5)
-            offset = self.param("modulation_offset", init, shape, jnp.float32)
+            init = nn.initializers.normal(width**-0.5)
+            offset = self.param("modulation_offset", init, (6, width), jnp.float32)
             m = modulation + offset.astype(self.dtype)[None, None]
             shift1, scale1, gate1, shift2, scale2, gate2 = (m[:, :, i] for i in range(6))
             y = attention_norm(x) * (1 + scale1) + shift1

@@ -1,10 +1,8 @@
-"""The Bernoulli diffusion head: a small network that turns a token's conditioning into k bits.
+"""The Bernoulli diffusion head of BiGR (arXiv 2410.14672), which draws the k bits of a token.
 
-Bits are noised towards fair coins over T steps (Binary Latent Diffusion, arXiv 2304.04820), and
-denoised given the transformer's output for that token (BiGR, arXiv 2410.14672).
+Bits are noised towards fair coin flips over T steps (Binary Latent Diffusion, arXiv 2304.04820) and
+denoised by a small network, conditioned on the transformer's output for that token.
 """
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,37 +11,35 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from bitgen.errors import UserError
+from bitgen.nn.embeddings import sinusoids
 from bitgen.nn.norms import Dtype, layer_norm
 from bitgen.nn.remat import Remat, remat_layer
-from bitgen.nn.sinusoids import sinusoids
 
 _TIME_FREQUENCIES = 256
 
 
 class BernoulliHead(nn.Module):
-    """Predicts from noisy bits, step and conditioning the clean bits, or which bits to flip."""
+    """Predicts the clean bits, or which bits to flip, from noisy bits, step and conditioning."""
 
     bits: int
     width: int
     layers: int
     steps: int = 256  # T of the noise schedule
     predict_flip: bool = True
-    focal: float = 0.0  # exponent of (1 - p); negative: plain cross-entropy
-    alpha: float = -1.0  # weight of ones; -1: by their frequency in each token
-    vlb_weight: float = 0.0  # of the variational bound, "aux"
+    focal: float = 0.0  # exponent of (1 - p); negative for plain cross-entropy
+    alpha: float = -1.0  # weight of ones; -1 balances ones and zeros in each token
+    vlb_weight: float = 0.0  # weight of the variational bound, "aux"
     remat: Remat = False
     dtype: Dtype = jnp.float32
 
     def setup(self):
-        def dense(features):
-            init = nn.initializers.normal(0.02)
-            return nn.Dense(features, kernel_init=init, dtype=self.dtype)
-
-        self.time_in, self.time_out = dense(self.width), dense(self.width)
-        self.bits_in, self.cond_in = dense(self.width), dense(self.width)
+        self.time_in, self.time_out, self.bits_in, self.cond_in = (
+            nn.Dense(self.width, kernel_init=nn.initializers.normal(0.02), dtype=self.dtype)
+            for _ in range(4)
+        )
         block = remat_layer(_Block, self.remat)
         self.blocks = [block(self.width, self.dtype) for _ in range(self.layers)]
-        self.final = _Final(self.bits, self.width, self.dtype)
+        self.final = _Final(self.bits, self.dtype)
 
     def time_table(self) -> Float[Array, "T w"]:
         """Returns the embedding of every step, 0-based."""
@@ -51,7 +47,7 @@ class BernoulliHead(nn.Module):
         return self.time_out(nn.silu(self.time_in(x)))
 
     def cond_embedding(self, cond: Float[Array, "*b d"]) -> Float[Array, "*b w"]:
-        """Returns the part of the modulation that does not depend on the step."""
+        """Returns the embedding of the conditioning, which does not depend on the step."""
         return self.cond_in(cond.astype(self.dtype))
 
     def embed_bits(self, bits: Float[Array, "*b k"]) -> Float[Array, "*b w"]:
@@ -77,7 +73,7 @@ class BernoulliHead(nn.Module):
     def loss(
         self, bits: Bool[Array, "m k"], cond: Float[Array, "m d"], key: PRNGKeyArray
     ) -> tuple[Float[Array, " m"], dict[str, Float[Array, " m"]]]:
-        """Returns each token's loss and metrics, at a random step and noise."""
+        """Returns each token's loss and metrics at a random step."""
         step_key, noise_key = jax.random.split(key)
         steps = jax.random.randint(step_key, bits.shape[:1], 1, self.steps + 1)
         uniforms = jax.random.uniform(noise_key, bits.shape)
@@ -91,7 +87,7 @@ class BernoulliHead(nn.Module):
         uniforms: Float[Array, "m k"],
         cond: Float[Array, "m d"],
     ) -> tuple[Float[Array, "m k"], dict[str, Float[Array, "m k"]]]:
-        """Returns the loss of each bit, `bce` and `accuracy`, given 1-based steps and the noise."""
+        """Returns each bit's loss, `bce` and `accuracy`, given 1-based steps and uniform noise."""
         noisy = (uniforms < marginal(bits, steps[:, None], self.steps)).astype(jnp.float32)
         logits = self.logits(noisy, steps - 1, cond)
         x0_logits = _unflip(logits, noisy) if self.predict_flip else logits
@@ -119,9 +115,9 @@ class BernoulliHead(nn.Module):
         scale: Float[Array, ""] | float = 1.0,
         temperature: float = 1.0,
     ) -> Float[Array, "b m k"]:
-        """Returns the probabilities of the bits after a chain of `steps` of the T steps.
+        """Returns the probability of each bit after denoising in `steps` of the T steps.
 
-        `keys` [b] draw each image's noise; `scale` guides logits away from `uncond`.
+        `keys` [b] draw each image's noise; `scale` guides the logits away from `uncond`.
         """
         shape = (*cond.shape[1:2], self.bits)
 
@@ -131,9 +127,9 @@ class BernoulliHead(nn.Module):
         return self.sample_given(cond, uncond, uniforms, steps, scale, temperature)
 
     def sample_given(self, cond, uncond, uniforms, steps: int, scale, temperature):
-        """As `sample`, with the noise as a function of the draw: 0 the start, then one a step."""
+        """As `sample`, with noise uniforms(i) -> [b, m, k], i = 0 for the start, then each step."""
         times = chain_times(self.steps, steps)
-        # What does not change over the chain: both conditionings, and the embedding of each step.
+        # The embeddings of conditionings and steps are the same throughout the chain.
         conds = self.cond_embedding(cond)[None]
         if uncond is not None:
             conds = jnp.concatenate([conds, self.cond_embedding(uncond)[None]])  # [2, b, m, w]
@@ -160,7 +156,7 @@ class BernoulliHead(nn.Module):
 
 
 def chain_times(total: int, steps: int) -> np.ndarray:
-    """Returns the 1-based steps of a chain, ascending: `steps` of `total`, evenly spaced.
+    """Returns `steps` evenly spaced steps of `total`, 1-based and ascending.
 
     Raises UserError unless 1 <= steps <= total.
     """
@@ -174,9 +170,9 @@ def chain_times(total: int, steps: int) -> np.ndarray:
 def marginal(
     probs: Float[Array, "*b k"], t: Int[Array, "*b 1"] | int, total: int
 ) -> Float[Array, "*b k"]:
-    """Returns the probability of a one at step t of `total`, for probabilities of clean ones.
+    """Returns the probability of a one at step t of `total`, given that of the clean bit.
 
-    The linear schedule keeps a bit with probability 1 - t / total and tosses a coin otherwise.
+    The linear schedule keeps a bit with probability 1 - t / total, else flips a fair coin.
     """
     keep = 1 - t / total
     return probs * keep + 0.5 * (1 - keep)
@@ -191,7 +187,7 @@ def posterior(
     epsilon: float = 0.0,
 ) -> Float[Array, "*b k"]:
     """Returns the probability of a one at step `previous` < t, given clean probs and bits at t."""
-    keep = (total - t) / (total - previous)  # of a bit, from step `previous` to t
+    keep = (total - t) / (total - previous)  # probability to keep a bit from `previous` to t
 
     def joint(clean, noisy):
         return marginal(clean, previous, total) * (noisy * keep + 0.5 * (1 - keep))
@@ -204,35 +200,37 @@ class _Block(nn.Module):
     width: int
     dtype: Dtype
 
-    def setup(self):
-        init, zeros = nn.initializers.normal(0.02), nn.initializers.zeros
-        self.modulation = nn.Dense(3 * self.width, kernel_init=zeros, dtype=self.dtype)
-        self.mlp_in = nn.Dense(self.width, kernel_init=init, dtype=self.dtype)
-        self.mlp_out = nn.Dense(self.width, kernel_init=init, dtype=self.dtype)
-
+    @nn.compact
     def __call__(self, x, modulation):
-        shift, scale, gate = jnp.split(self.modulation(modulation), 3, axis=-1)
-        y = layer_norm(x) * (1 + scale) + shift
-        return x + gate * self.mlp_out(nn.silu(self.mlp_in(y)))
+        init = nn.initializers.normal(0.02)
+        y, gate = _modulated(x, modulation, 3, self.dtype)
+        y = nn.Dense(self.width, kernel_init=init, dtype=self.dtype, name="mlp_in")(y)
+        y = nn.Dense(self.width, kernel_init=init, dtype=self.dtype, name="mlp_out")(nn.silu(y))
+        return x + gate * y
 
 
 class _Final(nn.Module):
     bits: int
-    width: int
     dtype: Dtype
 
-    def setup(self):
-        zeros: Any = nn.initializers.zeros
-        self.modulation = nn.Dense(2 * self.width, kernel_init=zeros, dtype=self.dtype)
-        self.linear = nn.Dense(self.bits, kernel_init=zeros, dtype=self.dtype)
-
+    @nn.compact
     def __call__(self, x, modulation):
-        shift, scale = jnp.split(self.modulation(modulation), 2, axis=-1)
-        return self.linear(layer_norm(x) * (1 + scale) + shift)
+        (y,) = _modulated(x, modulation, 2, self.dtype)
+        zeros = nn.initializers.zeros
+        return nn.Dense(self.bits, kernel_init=zeros, dtype=self.dtype, name="linear")(y)
+
+
+def _modulated(x, modulation, chunks, dtype):
+    """Returns x after an adaptive layer norm, and the gate if there are three `chunks`."""
+    dense = nn.Dense(
+        chunks * x.shape[-1], kernel_init=nn.initializers.zeros, dtype=dtype, name="modulation"
+    )
+    shift, scale, *gate = jnp.split(dense(modulation), chunks, axis=-1)
+    return layer_norm(x) * (1 + scale) + shift, *gate
 
 
 def _unflip(logits, noisy):
-    """Logits of 'this bit is flipped' -> logits of 'the clean bit is one'."""
+    """Returns the logits of clean ones from the logits of flips."""
     return jnp.where(noisy > 0.5, -logits, logits)
 
 
@@ -245,7 +243,7 @@ def _focal_loss(logits, targets, *, gamma: float, alpha: float):
     missed = jnp.clip(probs + targets - 2 * probs * targets, 1e-6, 1 - 1e-6)
     loss = _cross_entropy(logits, targets) * missed**gamma
     if alpha == -1:
-        # The rarer value of a token's bits weighs more; 1/k keeps a weight where one is absent.
+        # The rarer value of a token's bits weighs more; 1/k keeps the weight of one that is absent.
         ones = targets.mean(-1, keepdims=True)
         return loss * ((1 - ones) * targets + ones * (1 - targets) + 1 / targets.shape[-1])
     if alpha > 0:
@@ -254,7 +252,7 @@ def _focal_loss(logits, targets, *, gamma: float, alpha: float):
 
 
 def _variational_bound(x0_logits, bits, noisy, t, total: int):
-    """Cross-entropy of the bits at t - 1 under the posterior of the predicted clean bits."""
+    """Returns the cross-entropy of the bits at t - 1 under the predicted posterior."""
     clean = jax.nn.sigmoid(x0_logits)
     predicted = jnp.where(t == 1, clean, posterior(clean, noisy, t, t - 1, total, 1e-6))
     predicted = predicted.clip(1e-6, 1 - 1e-6)

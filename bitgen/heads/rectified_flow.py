@@ -1,9 +1,10 @@
-"""The rectified-flow head: draws the bits of one token, or of several together, as a flow.
+"""The rectified-flow head of BitDance (shallowdream204/BitDance), which draws the bits of tokens.
 
-Real values start as noise and flow to the bits in {-1, 1}; the network predicts where a flow ends,
-given the transformer's output for each token (BitDance, shallowdream204/BitDance).
+Noise flows to the bits in {-1, 1}; the network predicts the end of the flow, conditioned on the
+transformer's output for each token. The tokens of a group are drawn in parallel.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,33 +16,33 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from bitgen.errors import UserError
+from bitgen.nn.embeddings import sinusoids
 from bitgen.nn.matmul import DotGeneral
-from bitgen.nn.mlp import GatedMLP
+from bitgen.nn.mlp import SwiGLU
 from bitgen.nn.norms import Dtype, layer_norm
 from bitgen.nn.remat import Remat, remat_layer
-from bitgen.nn.sinusoids import sinusoids
 
 _TIME_FREQUENCIES = 256
-_LAST_STEP = 0.05  # length of the step without noise that ends a flow, and the least 1 - t
+_LAST_STEP = 0.05  # length of the final step, which adds no noise, and the minimum of 1 - t
 _HEAD_DIM = 64
-# Modulations of all steps are computed at once while they are at most so many numbers: their
-# matrices are then read once a token, not once a step.
+# The modulations of all steps are computed in one product up to this many numbers, which reads
+# their matrices once a token instead of once a step.
 _MODULATIONS_AT_ONCE = 2**26
 
 _xavier = nn.initializers.xavier_uniform()
 
 
 class RectifiedFlowHead(nn.Module):
-    """Predicts the clean values of p tokens from noisy ones, the time and the conditioning."""
+    """Predicts the clean values of a group of p tokens from noisy values, time and conditioning."""
 
     bits: int
     width: int
     layers: int
     modulations: int = 2  # adaptive norms, each shared by consecutive layers
-    together: int = 1  # p: tokens that are drawn together and attend to each other
-    time_mean: float = -0.8  # of a normal n; times are sigmoid(mean + std n)
+    group: int = 1  # p, tokens drawn in parallel, which attend to each other
+    time_mean: float = -0.8  # times are sigmoid(mean + std n), n standard normal
     time_std: float = 0.8
-    draws: int = 4  # times and noises a token in the loss
+    draws: int = 4  # times and noises a group in the loss
     remat: Remat = False
     dtype: Dtype = jnp.float32
 
@@ -61,8 +62,8 @@ class RectifiedFlowHead(nn.Module):
         self.time_in, self.time_out = dense(self.width, normal), dense(self.width, normal)
         self.cond_in, self.bits_in = dense(self.width, _xavier), dense(self.width, _xavier)
         block = remat_layer(_Block, self.remat)
-        self.blocks = [block(self.width, self.together > 1, self.dtype) for _ in range(self.layers)]
-        chunks = 3 if self.together == 1 else 6
+        self.blocks = [block(self.width, self.group > 1, self.dtype) for _ in range(self.layers)]
+        chunks = 3 if self.group == 1 else 6
         self.modulation = [dense(chunks * self.width, zeros) for _ in range(self.modulations)]
         self.final_modulation = dense(2 * self.width, zeros)
         self.final = dense(self.bits, zeros)
@@ -77,18 +78,18 @@ class RectifiedFlowHead(nn.Module):
         return self.time_out(nn.silu(self.time_in(x)))
 
     def embed_cond(self, cond: Float[Array, "*b d"]) -> Float[Array, "*b w"]:
-        """Returns the part of the modulation that does not depend on the time."""
+        """Returns the embedding of the conditioning, which does not depend on the time."""
         return self.cond_in(cond.astype(self.dtype))
 
     def modulate(self, embedded: Float[Array, "*b w"]) -> tuple[Array, ...]:
-        """Returns what shifts, scales and gates the layers, from time plus cond embeddings."""
+        """Returns the layers' modulations from the sum of time and cond embeddings."""
         y = nn.silu(embedded)
         return (*(m(y) for m in self.modulation), self.final_modulation(y))
 
     def network(
         self, x: Float[Array, "*b p k"], modulations: tuple[Array, ...]
     ) -> Float[Array, "*b p k"]:
-        """Returns the predicted clean values, float32, for noisy ones."""
+        """Returns the clean values, float32, predicted from noisy ones."""
         y = self.bits_in(x.astype(self.dtype))
         for i, block in enumerate(self.blocks):
             y = block(y, modulations[i // self._layers_per_modulation])
@@ -98,7 +99,7 @@ class RectifiedFlowHead(nn.Module):
     def predict(
         self, x: Float[Array, "m p k"], times: Float[Array, " m"], cond: Float[Array, "m p d"]
     ) -> Float[Array, "m p k"]:
-        """Returns the predicted clean values for noisy ones at a time each."""
+        """Returns the clean values predicted from noisy ones, each group at its own time."""
         embedded = self.embed_cond(cond) + self.embed_times(times)[:, None]
         return self.network(x, self.modulate(embedded))
 
@@ -112,8 +113,7 @@ class RectifiedFlowHead(nn.Module):
         normals = jax.random.normal(time_key, shape[:2])
         noise = jax.random.normal(noise_key, shape)
 
-        # One conditioning serves all draws; [draws m, p, ...]
-        def repeat(x):
+        def repeat(x):  # the same conditioning for all draws, [draws m, p, ...]
             return jnp.broadcast_to(x[None], (self.draws, *x.shape)).reshape(-1, *x.shape[1:])
 
         losses, metrics = self.loss_given(
@@ -135,13 +135,13 @@ class RectifiedFlowHead(nn.Module):
         noise: Float[Array, "m p k"],
         embedded_cond: Float[Array, "m p w"],
     ) -> tuple[Float[Array, " m"], dict[str, Float[Array, " m"]]]:
-        """Returns the squared error of the velocity, given values in {-1, 1} and the noise."""
+        """Returns the squared error of the velocity, given clean values in {-1, 1} and noise."""
         times = jax.nn.sigmoid(self.time_mean + self.time_std * normals)
         t = times[:, None, None]
         noisy = (1 - t) * noise + t * clean
         embedded = embedded_cond + self.embed_times(times)[:, None]
         predicted = self.network(noisy, self.modulate(embedded))
-        # Both velocities lead from the noisy values, which their difference does not contain.
+        # The difference of the two velocities; the noisy values cancel.
         error = (clean - predicted) / jnp.maximum(1 - t, _LAST_STEP)
         accuracy = ((predicted > 0) == (clean > 0)).astype(jnp.float32)
         return jnp.mean(error**2, axis=(1, 2)), {"accuracy": accuracy.mean((1, 2))}
@@ -158,9 +158,9 @@ class RectifiedFlowHead(nn.Module):
         """Returns bits after `steps` noisy steps and one without noise.
 
         `keys` [b] draw each image's noise; `scale` guides velocities away from `uncond`. Raises
-        UserError unless there is a step.
+        UserError if steps < 1.
         """
-        shape = (self.together, self.bits)
+        shape = (self.group, self.bits)
 
         def noise(i):
             return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), shape))(keys)
@@ -175,14 +175,14 @@ class RectifiedFlowHead(nn.Module):
         steps: int,
         scale: Any,
     ) -> Float[Array, "b p k"]:
-        """As `sample`, the values before the sign, with the noise as a function of the draw.
+        """As `sample`, before taking signs, with noise(i), i = 0 for the start, then each step.
 
-        Draw 0 is the start, then there is one a step (Euler-Maruyama).
+        The steps are Euler-Maruyama's.
         """
         if steps < 1:
             raise UserError(f"the head needs at least one step, got {steps}")
         times, lengths = flow_times(steps)
-        # What does not change over the flow; [c, b, p, w], c = 2 with guidance.
+        # The same throughout the flow: [c, b, p, w], c = 2 with guidance.
         conds = self.embed_cond(jnp.stack([cond] if uncond is None else [cond, uncond]))
         embedded_times = self.embed_times(jnp.asarray(times)).reshape(-1, 1, 1, 1, self.width)
 
@@ -195,7 +195,7 @@ class RectifiedFlowHead(nn.Module):
         def step(x, inputs):
             i, t, dt, modulations = inputs
             v = velocity(x, t, self.modulate(conds + modulations) if inside else modulations)
-            # The score's drift, (t v - x), makes up for the noise.
+            # The score's drift, t v - x, balances the noise.
             drift = v + t * v - x
             return x + drift * dt + jnp.sqrt(2 * (1 - t) * dt) * noise(i), None
 
@@ -212,9 +212,9 @@ class RectifiedFlowHead(nn.Module):
 def flow_times(
     steps: int,
 ) -> tuple[Float[np.ndarray, " steps+1"], Float[np.ndarray, " steps"]]:
-    """Returns the times of a flow from 0 to that of the last step, and the lengths of the others.
+    """Returns the times of all steps, from 0, and the lengths of all steps but the last.
 
-    Times are sums in float32 like the original's: the embedding multiplies a last digit by 1,000.
+    Times are float32 sums as in the original, because the embedding multiplies them by 1,000.
     """
     ends = np.linspace(0, 1 - _LAST_STEP, steps + 1, dtype=np.float32)
     lengths = np.diff(ends)
@@ -224,20 +224,19 @@ def flow_times(
 
 class _Block(nn.Module):
     width: int
-    attends: bool
+    attention: bool
     dtype: Dtype
 
     @nn.compact
     def __call__(self, x, modulation):
-        scale, shift, gate, *mlp = jnp.split(modulation, 6 if self.attends else 3, axis=-1)
-        if self.attends:
+        scale, shift, gate, *mlp = jnp.split(modulation, 6 if self.attention else 3, axis=-1)
+        if self.attention:
             y = self._norm("attention_norm")(x) * (1 + scale) + shift
             x = x + _Attention(self.width, self.dtype, name="attention")(y) * gate
             scale, shift, gate = mlp
         y = self._norm("norm")(x) * (1 + scale) + shift
-        mlp = GatedMLP(
-            int(self.width * 1.5), self.width, True, _xavier, dtype=self.dtype, name="mlp"
-        )
+        hidden = int(self.width * 1.5)
+        mlp = SwiGLU(hidden, self.width, True, True, _xavier, dtype=self.dtype, name="mlp")
         return x + mlp(y) * gate
 
     def _norm(self, name):
@@ -245,7 +244,7 @@ class _Block(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Full attention among the p tokens of a group."""
+    """Multi-head attention among the p tokens of a group."""
 
     width: int
     dtype: Dtype
@@ -253,15 +252,13 @@ class _Attention(nn.Module):
     @nn.compact
     def __call__(self, x):
         heads = max(1, self.width // _HEAD_DIM)
-        options: dict[str, Any] = {
-            "kernel_init": _xavier,
-            "dtype": self.dtype,
-            "dot_general_cls": DotGeneral,
-        }
-        qkv = nn.DenseGeneral((3, heads, self.width // heads), name="qkv", **options)(x)
+        dense = functools.partial(
+            nn.DenseGeneral, kernel_init=_xavier, dtype=self.dtype, dot_general_cls=DotGeneral
+        )
+        qkv = dense((3, heads, self.width // heads), name="qkv")(x)
         q, k, v = (qkv[..., i, :, :] for i in range(3))  # [..., p, heads, head_dim]
         scale = q.shape[-1] ** -0.5
         logits = jnp.einsum("...qhc,...khc->...hqk", q * scale, k)
         probs = jax.nn.softmax(logits.astype(jnp.float32), axis=-1).astype(self.dtype)
         y = jnp.einsum("...hqk,...khc->...qhc", probs, v)
-        return nn.DenseGeneral(self.width, axis=(-2, -1), name="out", **options)(y)
+        return dense(self.width, axis=(-2, -1), name="out")(y)

@@ -1,8 +1,7 @@
 """PatchGAN discriminator, its hinge losses, and the weight that balances them with reconstruction.
 
-The network and the training rule are those of Binary Latent Diffusion (arXiv 2304.04820,
-ZeWang95/BinaryLatentDiffusion), which took them from pix2pix (arXiv 1611.07004) and VQGAN
-(arXiv 2012.09841).
+Follows Binary Latent Diffusion (arXiv 2304.04820, ZeWang95/BinaryLatentDiffusion), which follows
+pix2pix (arXiv 1611.07004) and VQGAN (arXiv 2012.09841).
 """
 
 from collections.abc import Callable, Sequence
@@ -22,9 +21,8 @@ _kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 class BatchNorm(nn.Module):
     """Batch normalisation over all axes but the last, with PyTorch's running statistics.
 
-    Statistics are float32 and over the whole batch, also when it is sharded under `jit`. The
-    running variance takes the unbiased estimate; flax's own layer takes the biased one. With
-    `train` the running statistics move only if `batch_stats` is mutable.
+    Statistics are float32 and of the global batch under `jit`. Training updates the running ones if
+    `batch_stats` is mutable; unlike flax's, the variance averages unbiased estimates.
     """
 
     momentum: float = 0.1
@@ -33,11 +31,11 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b h w c"]:
-        channels = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (channels,))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
-        running_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
+        channels = x.shape[-1:]
+        scale = self.param("scale", nn.initializers.ones, channels)
+        bias = self.param("bias", nn.initializers.zeros, channels)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels)
+        running_var = self.variable("batch_stats", "var", jnp.ones, channels)
 
         x = x.astype(jnp.float32)
         mean, var = running_mean.value, running_var.value
@@ -45,7 +43,7 @@ class BatchNorm(nn.Module):
             mean = jnp.mean(x, axis=(0, 1, 2))
             var = jnp.mean(jnp.square(x - _per_channel(mean)), axis=(0, 1, 2))
             if self.is_mutable_collection("batch_stats") and not self.is_initializing():
-                count = x.size // channels
+                count = x.size // x.shape[-1]
                 unbiased = var * (count / max(count - 1, 1))
                 keep = 1 - self.momentum
                 running_mean.value = keep * running_mean.value + self.momentum * mean
@@ -60,12 +58,11 @@ def _per_channel(vector: Float[Array, " c"]) -> Float[Array, "1 1 1 c"]:
 
 
 class PatchDiscriminator(nn.Module):
-    """PatchGAN: each logit judges one patch of an image [b, H, W, 3] in [-1, 1].
+    """PatchGAN: images [b, H, W, 3] in [-1, 1] to a logit for each patch.
 
-    Returns float32 logits [b, h, w, 1], h = H // 2**layers - 2: 30 for a 256-pixel image and three
-    layers. `pixel_range` is the range the network works in: (0, 1) in Binary Latent
-    Diffusion, (-1, 1) leaves the images as they are. `train` normalises by the batch and moves the
-    running statistics in `batch_stats`. UserError on bad settings and on images that are too small.
+    Returns float32 logits [b, h, w, 1], h = H // 2**layers - 2: 30 for 256 pixels and three layers.
+    Images are mapped to `pixel_range` first, (0, 1) in Binary Latent Diffusion. `train` normalises
+    by the batch and updates `batch_stats`. Raises UserError for bad settings or small images.
     """
 
     width: int = 64
@@ -95,7 +92,7 @@ class PatchDiscriminator(nn.Module):
             features,
             (4, 4),
             strides=stride,
-            padding=((1, 1), (1, 1)),  # "SAME" gives other sizes at stride 1
+            padding=1,  # not "SAME", which differs at stride 1
             use_bias=use_bias,
             kernel_init=_kernel_init,
             dtype=self.dtype,
@@ -117,11 +114,11 @@ class PatchDiscriminator(nn.Module):
 
 
 def discriminator_layout(layers: int = 3) -> list[tuple[int, str, str]]:
-    """The PyTorch network as (index in `main.N.*`, our module name, kind), in order.
+    """Returns (index in PyTorch's `main.N.*`, our module name, kind) of each layer with tensors.
 
-    Kinds: "conv" (weight, bias), "conv_no_bias" (weight), "batch_norm" (weight, bias,
-    running_mean, running_var; also num_batches_tracked, which nothing here needs). Activations hold
-    no tensors and are left out. UserError if `layers` is less than 1.
+    Kinds are "conv" (weight, bias), "conv_no_bias" (weight) and "batch_norm" (weight, bias,
+    running_mean, running_var, and num_batches_tracked, which is unused). Raises UserError if
+    layers < 1.
     """
     _check_layers(layers)
     layout = [(0, "conv_0", "conv")]
@@ -139,14 +136,14 @@ def _check_layers(layers: int):
 def hinge_discriminator_loss(
     real_logits: Float[Array, "..."], fake_logits: Float[Array, "..."]
 ) -> Float[Array, ""]:
-    """Half the mean of relu(1 - real) plus half the mean of relu(1 + fake); logits of any shape."""
+    """Returns half the mean of relu(1 - real) plus half the mean of relu(1 + fake)."""
     real = jnp.mean(nn.relu(1 - real_logits.astype(jnp.float32)))
     fake = jnp.mean(nn.relu(1 + fake_logits.astype(jnp.float32)))
     return 0.5 * (real + fake)
 
 
 def generator_loss(fake_logits: Float[Array, "..."]) -> Float[Array, ""]:
-    """Minus the mean logit of the reconstructions; logits of any shape."""
+    """Returns minus the mean logit of the reconstructions."""
     return -jnp.mean(fake_logits.astype(jnp.float32))
 
 
@@ -155,11 +152,11 @@ def lecam_loss(
     fake_logits: Float[Array, "..."],
     running: dict[str, Float[Array, ""]],
 ) -> Float[Array, ""]:
-    """LeCam's regulariser of a discriminator (arXiv 2104.03310); logits of any shape.
+    """Returns LeCam's regulariser of a discriminator (arXiv 2104.03310).
 
-    `running` holds the moving averages of the mean logit as "real" and "fake". Squared is by how
-    much a real logit lies above the fake average, and a fake one below the real average: the
-    one-sided form of the authors' code, google/lecam-gan.
+    `running` holds moving averages of the mean logits, "real" and "fake". Penalises real logits
+    above the fake average and fake ones below the real average, squared: the one-sided form of the
+    authors' code, google/lecam-gan.
     """
     above = nn.relu(real_logits.astype(jnp.float32) - running["fake"])
     below = nn.relu(running["real"] - fake_logits.astype(jnp.float32))
@@ -169,22 +166,22 @@ def lecam_loss(
 def adaptive_weight(
     recon_gradient: PyTree, gan_gradient: PyTree, maximum: float = 1.0
 ) -> Float[Array, ""]:
-    """|recon gradient| / (|gan gradient| + 1e-4), clipped to [0, maximum], without a gradient.
+    """Returns |recon gradient| / (|gan gradient| + 1e-4) clipped to [0, maximum], a constant.
 
-    Each is the gradient of one loss at the decoder's last kernel (any shape, or a tree), as
-    `last_layer_gradients` gives them. The rule of VQGAN (arXiv 2012.09841).
+    The gradients are those of two losses at the decoder's last kernel, arrays or trees, as in VQGAN
+    (arXiv 2012.09841).
     """
-    ratio = _norm(recon_gradient) / (_norm(gan_gradient) + 1e-4)
+
+    def norm(tree):
+        leaves = jax.tree.leaves(tree)
+        return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in leaves))
+
+    ratio = norm(recon_gradient) / (norm(gan_gradient) + 1e-4)
     return jax.lax.stop_gradient(jnp.clip(ratio, 0.0, maximum))
 
 
-def _norm(tree: PyTree) -> Float[Array, ""]:
-    leaves = jax.tree.leaves(tree)
-    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in leaves))
-
-
 class LastLayerGradients(NamedTuple):
-    """What `last_layer_gradients` gives, one entry a loss, in the order of the losses."""
+    """The output of `last_layer_gradients`, one entry a loss."""
 
     values: tuple[Float[Array, ""], ...]
     metrics: tuple[Any, ...]
@@ -200,21 +197,20 @@ def last_layer_gradients(
     kernel_size: tuple[int, int] = (3, 3),
     image_scale: float = 1.0,
 ) -> LastLayerGradients:
-    """Gradients of several image losses at the decoder's last kernel, without a pass through it.
+    """Returns the gradients of image losses at the decoder's last kernel, without the decoder.
 
     The last layer is linear in its kernel: images = image_scale · (hidden * kernel + bias) +
-    constant, a convolution of stride 1 and "SAME" padding, `kernel_size` odd. So dL/d(kernel)
-    follows from dL/d(images) and `hidden`, and each loss is walked back once, down to the images:
+    constant, a convolution of stride 1, "SAME" padding and odd `kernel_size`. So dL/d(kernel)
+    follows from dL/d(images) and `hidden`, and each loss is differentiated once, at the images:
 
         images, hidden = decode(params, ...)
         gradients = last_layer_gradients((recon, gan), images, hidden)
         weight = adaptive_weight(*gradients.kernels)
         loss = weighted_loss(images, gradients, (1.0, weight))    # under jax.grad of params
 
-    Each loss maps float32 images to (scalar, metrics); metrics are passed on as they are.
-    `image_scale` is 2 for a decoder whose last layer gives pixels in [0, 1] that are then mapped to
-    [-1, 1]. Nothing that is returned carries a gradient. UserError if the shapes cannot belong to
-    such a layer.
+    Each loss maps float32 images to (scalar, metrics). `image_scale` is 2 for a decoder whose last
+    layer gives pixels in [0, 1]. The outputs are constants to gradients. Raises UserError for
+    shapes that do not fit such a layer.
     """
     if images.ndim != 4 or hidden.shape[:-1] != images.shape[:-1]:
         raise UserError(
@@ -223,7 +219,7 @@ def last_layer_gradients(
         )
     if any(size % 2 == 0 for size in kernel_size):
         raise UserError(f"last_layer_gradients needs an odd kernel_size, got {kernel_size}")
-    # Stopped here as well as at the end: no second derivatives are traced.
+    # Stopped here as well as at the end, so that no second derivatives are traced.
     images, hidden = jax.lax.stop_gradient((images, hidden))
     images = images.astype(jnp.float32)
     hidden = hidden.astype(jnp.float32)
@@ -248,10 +244,10 @@ def weighted_loss(
     gradients: LastLayerGradients,
     weights: Sequence[Float[Array, ""] | float],
 ) -> Float[Array, ""]:
-    """The sum of weight · loss, with the gradients that `last_layer_gradients` already took.
+    """Returns the sum of weight · loss, whose gradient `last_layer_gradients` has computed.
 
-    Its gradient with respect to `images`, and so to all below them, is that of the weighted losses;
-    the losses themselves are not walked back again. Weights are constants to the gradient.
+    Its gradient at `images` is that of the weighted losses, which are not differentiated again.
+    Weights are constants to gradients.
     """
     weights = jax.lax.stop_gradient(tuple(weights))
     total = sum(w * value for w, value in zip(weights, gradients.values, strict=True))

@@ -1,9 +1,9 @@
 """LPIPS: the perceptual distance of VGG16 features (Zhang et al., arXiv 1801.03924), version 0.1.
 
-Parameters are an argument, a tree that `load_lpips` reads from the published PyTorch files:
+`load_lpips` reads the parameters from the published PyTorch files:
 
     {"features_0": {"kernel" [3, 3, 3, 64], "bias" [64]}, ...  # 13 layers, torchvision's index
-     "lin_0": {"kernel" [64]}, ...}                            # 5 channel weights, one a block
+     "lin_0": {"kernel" [64]}, ...}                            # channel weights of the 5 blocks
 """
 
 import re
@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from bitgen.errors import UserError
+from bitgen.errors import UserError, first_line
 
-# Each block: channels, and the index of its convolutions in torchvision's `vgg16().features`.
+# (channels, index of the convolutions in torchvision's `vgg16().features`) of each block.
 BLOCKS = (
     (64, (0, 2)),
     (128, (5, 7)),
@@ -27,13 +27,13 @@ BLOCKS = (
     (512, (17, 19, 21)),
     (512, (24, 26, 28)),
 )
-# The ImageNet mean and deviation, for images in [-1, 1], to the digits of the published weights.
+# The ImageNet mean and standard deviation for images in [-1, 1], as rounded in the published file.
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
 
 VGG_FILE = "vgg16-397923af.pth"
 LIN_FILE = "vgg.pth"
-# A released B-AE carries the whole network as `perceptual.*`.
+# A released B-AE, which holds the whole network as `perceptual.*`.
 HUB_REPOSITORY = "haoosz/BiGR"
 HUB_FILE = "bae/bae_d24/binaryae_ema_1000000.th"
 HELP = (
@@ -42,12 +42,15 @@ HELP = (
     "config.loss.perceptual_weight=0"
 )
 
-# LPIPS in a training checkpoint: B-AE has `perceptual.`, a VQGAN `loss.perceptual_loss.`.
+# The prefix in a training checkpoint, `perceptual.` of a B-AE, `loss.perceptual_loss.` of a VQGAN.
 _PREFIX = re.compile(r"(?:.*\.)?perceptual(?:_loss)?\.")
-_CONV = re.compile(r"(?:features|net\.slice[1-5])\.(\d+)\.(weight|bias)")
-_LIN = re.compile(r"lins?\.?([0-4])\.model\.[01]\.weight")  # the lpips package lists each one twice
+# Other names -> those of `_torch_name`; the lpips package lists each channel weight twice.
+_SYNONYMS = (
+    (re.compile(r"^net\.slice[1-5]\."), "features."),
+    (re.compile(r"^lins?\.?([0-4])\.model\.[01]\."), r"lin\1.model.1."),
+)
 _SCALING = re.compile(r"scaling_layer\.(shift|scale)")
-_CLASSIFIER = re.compile(r"(classifier|pre_logits|head)\..*")  # VGG16's last layers: not used
+_CLASSIFIER = re.compile(r"(classifier|pre_logits|head)\..*")  # VGG16's last layers, not used
 
 
 def lpips_distance(
@@ -57,11 +60,10 @@ def lpips_distance(
     *,
     dtype: Any = jnp.float32,
 ) -> Float[Array, " b"]:
-    """LPIPS distance of each pair of images in [-1, 1]; 0 for equal ones.
+    """Returns the LPIPS distance of each pair of images in [-1, 1], 0 for equal ones.
 
-    `dtype` is that of the convolutions; normalisation, differences and means are float32. The
-    gradient is finite also where the features of a pixel have no length. UserError if the shapes
-    differ or a side is below 16 pixels.
+    Convolutions compute in `dtype`, the rest in float32. The gradient is finite where features are
+    zero. Raises UserError if the shapes differ or a side is below 16 pixels.
     """
     if images0.shape != images1.shape or images0.ndim != 4 or images0.shape[-1] != 3:
         raise UserError(
@@ -72,7 +74,7 @@ def lpips_distance(
             f"LPIPS needs images of at least 16 pixels a side, got {images0.shape}: "
             "set config.loss.perceptual_weight=0 for smaller ones"
         )
-    # Two passes, not one of 2b images: joining them would move a sharded batch between devices.
+    # Two passes, because concatenating the images would move a sharded batch between devices.
     x, y = _standardise(images0, dtype), _standardise(images1, dtype)
     distance = jnp.zeros(images0.shape[0], jnp.float32)
     for block, (_, layers) in enumerate(BLOCKS):
@@ -102,14 +104,14 @@ def _conv_relu(layer: PyTree, x: Array) -> Array:
 def _unit_length(features: Array) -> Array:
     x = features.astype(jnp.float32)
     square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-    # The derivative of sqrt at zero is infinite: keep it out of both branches.
+    # The derivative of sqrt at zero is infinite, so it is kept out of both branches.
     positive = square > 0
     length = jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1.0)), 0.0)
     return x / (length + 1e-10)
 
 
 def lpips_shapes() -> dict[str, dict[str, tuple[int, ...]]]:
-    """The parameter tree of `lpips_distance` with a shape for each leaf."""
+    """Returns the parameter tree of `lpips_distance` with a shape for each leaf."""
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     inputs = 3
     for block, (channels, layers) in enumerate(BLOCKS):
@@ -121,7 +123,7 @@ def lpips_shapes() -> dict[str, dict[str, tuple[int, ...]]]:
 
 
 def load_lpips(source: str | Path) -> dict[str, dict[str, np.ndarray]]:
-    """Reads the weights of `lpips_distance`: float32 numpy arrays in the tree of `lpips_shapes`.
+    """Returns the parameters of `lpips_distance`, float32 numpy arrays, from PyTorch files.
 
     `source` is one of
     - a .pth, .pt, .th, .bin or .safetensors file with VGG16 and the channel weights, under the
@@ -129,10 +131,10 @@ def load_lpips(source: str | Path) -> dict[str, dict[str, np.ndarray]]:
       `linN.model.1`, alone or inside a training checkpoint as `perceptual.*` or
       `*.perceptual_loss.*`;
     - a directory with torchvision's vgg16-397923af.pth and vgg.pth of the lpips package or taming;
-    - "hub": the released B-AE of haoosz/BiGR, 332 MB, from the Hugging Face hub.
+    - "hub", for the released B-AE of haoosz/BiGR, 332 MB, from the Hugging Face hub.
 
-    UserError if a file is absent or unreadable, and one that lists every tensor that is missing,
-    unknown, of a wrong shape, or given twice with different values.
+    Raises UserError if a file is absent or unreadable, or lists all tensors that are missing,
+    unknown, misshaped, or given twice with different values.
     """
     if str(source) == "hub":
         paths = [_download()]
@@ -153,20 +155,18 @@ def _download() -> Path:
         from huggingface_hub.utils import disable_progress_bars, logging
     except ImportError as error:
         raise UserError("LPIPS from the hub: run pip install 'bitgen[convert]' first") from error
-    logging.set_verbosity_error()  # our one line says what its lines for each try would
+    logging.set_verbosity_error()  # our error replaces its warnings
     if jax.process_index():
         disable_progress_bars()
     try:
         return Path(hf_hub_download(HUB_REPOSITORY, HUB_FILE))
-    except Exception as error:  # the client raises its own, the network's and the system's errors
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"LPIPS weights: cannot get {HUB_FILE} of {HUB_REPOSITORY} ({reason}): {HELP}"
-        ) from error
+    except Exception as error:  # errors of the client, the network and the system
+        reason = f"cannot get {HUB_FILE} of {HUB_REPOSITORY} ({first_line(error)})"
+        raise UserError(f"LPIPS weights: {reason}: {HELP}") from error
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """All tensors of a file by name, as torch tensors or numpy arrays."""
+    """Returns all tensors of a file by name, as torch tensors or numpy arrays."""
     if path.suffix not in (".pth", ".pt", ".th", ".bin", ".safetensors"):
         raise UserError(
             f"LPIPS weights: {path} is not a .pth, .pt, .th, .bin or .safetensors file: {HELP}"
@@ -178,13 +178,13 @@ def _read(path: Path) -> dict[str, Any]:
             return load_file(path)
         import torch
 
-        # Only zip files can be mapped; the published vgg.pth is older than that format.
+        # Only zip files can be mapped; the published vgg.pth precedes that format.
         mapped = zipfile.is_zipfile(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except ImportError as error:
         raise UserError(f"to read {path} run pip install 'bitgen[convert]' first") from error
-    except Exception as error:  # pickle, zip, safetensors and torch raise a type each
-        reason = str(error).strip().split("\n")[0]
+    except Exception as error:  # pickle, zip, safetensors and torch have their own types
+        reason = first_line(error)
         raise UserError(f"LPIPS weights: cannot read {path} ({reason}): {HELP}") from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
@@ -194,7 +194,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _lpips_tensors(tensors: dict[str, Any]) -> dict[str, Any]:
-    """Those of the LPIPS inside a training checkpoint, else all."""
+    """Returns the tensors of the LPIPS inside a training checkpoint, else all."""
     inside = {name: value for name, value in tensors.items() if _PREFIX.match(name)}
     return {_PREFIX.sub("", name, count=1): value for name, value in (inside or tensors).items()}
 
@@ -202,10 +202,14 @@ def _lpips_tensors(tensors: dict[str, Any]) -> dict[str, Any]:
 def params_from_tensors(
     tensors: list[tuple[str, Any]], origin: str
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Renames and transposes the tensors; raises one UserError with all that is wrong with them."""
-    shapes = lpips_shapes()
+    """Returns the tensors renamed and transposed; raises a UserError that lists all faults."""
+    leaves = {
+        _torch_name(module, leaf): (module, leaf, shape)
+        for module, shapes in lpips_shapes().items()
+        for leaf, shape in shapes.items()
+    }
     tree: dict[str, dict[str, np.ndarray]] = {}
-    filled_by: dict[tuple[str, str], str] = {}
+    filled_by: dict[str, str] = {}
     faults = []
     for name, value in tensors:
         if _CLASSIFIER.fullmatch(name):
@@ -215,41 +219,30 @@ def params_from_tensors(
             if not np.allclose(np.ravel(_to_numpy(value)), constants, atol=1e-6):
                 faults.append(f"{name}: not the constants {constants}")
             continue
-        leaf = _leaf(name)
-        if leaf is None or leaf[0] not in shapes:
+        key = name
+        for pattern, replacement in _SYNONYMS:
+            key = pattern.sub(replacement, key)
+        if key not in leaves:
             faults.append(f"{name}: unknown")
             continue
+        module, leaf, shape = leaves[key]
         array = _to_numpy(value)
-        if leaf[0].startswith("lin_"):
+        if module.startswith("lin_"):
             array = array.reshape(-1) if array.shape == (1, array.size, 1, 1) else array
         elif array.ndim == 4:
             array = np.ascontiguousarray(array.transpose(2, 3, 1, 0))
-        expected = shapes[leaf[0]][leaf[1]]
-        if array.shape != expected:
-            faults.append(f"{name}: shape {tuple(value.shape)} does not give {expected}")
-        elif leaf in filled_by and not np.array_equal(tree[leaf[0]][leaf[1]], array):
-            faults.append(f"{name}: differs from {filled_by[leaf]}")
-        tree.setdefault(leaf[0], {})[leaf[1]] = array
-        filled_by[leaf] = name
-    faults += [
-        f"{_torch_name(module, leaf)}: missing"
-        for module, leaves in shapes.items()
-        for leaf in leaves
-        if (module, leaf) not in filled_by
-    ]
+        if array.shape != shape:
+            faults.append(f"{name}: shape {tuple(value.shape)} does not give {shape}")
+        elif key in filled_by and not np.array_equal(tree[module][leaf], array):
+            faults.append(f"{name}: differs from {filled_by[key]}")
+        tree.setdefault(module, {})[leaf] = array
+        filled_by[key] = name
+    faults += [f"{key}: missing" for key in leaves if key not in filled_by]
     if not filled_by:
         raise UserError(f"LPIPS weights: {origin} holds no VGG16 or LPIPS tensor: {HELP}")
     if faults:
         raise UserError(f"LPIPS weights in {origin}: {'; '.join(faults)}. {HELP}")
     return tree
-
-
-def _leaf(name: str) -> tuple[str, str] | None:
-    if conv := _CONV.fullmatch(name):
-        return f"features_{conv[1]}", "kernel" if conv[2] == "weight" else "bias"
-    if lin := _LIN.fullmatch(name):
-        return f"lin_{lin[1]}", "kernel"
-    return None
 
 
 def _torch_name(module: str, leaf: str) -> str:
@@ -260,7 +253,7 @@ def _torch_name(module: str, leaf: str) -> str:
 
 
 def _to_numpy(value: Any) -> np.ndarray:
-    """A float32 copy that holds on to no mapped file."""
+    """Returns a float32 copy, which keeps no mapped file open."""
     if not isinstance(value, np.ndarray):
         value = value.detach().float().numpy()
     return np.array(value, dtype=np.float32)

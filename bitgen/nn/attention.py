@@ -1,5 +1,6 @@
 """Multi-head attention with rotary positions."""
 
+import functools
 from typing import Any, Literal, get_args
 
 import jax
@@ -9,21 +10,21 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from bitgen.errors import UserError, choose, first_line
+from bitgen.nn.embeddings import rotate
 from bitgen.nn.matmul import DotGeneral
 from bitgen.nn.norms import Dtype
-from bitgen.nn.rope import rotate
 
 Implementation = Literal["auto", "xla", "cudnn"]
-# Of the length: what a kernel's gradient wants without a mask, and what it wants with one.
+# The sequence length must be a multiple of these for gradients, without and with a mask.
 LENGTH_MULTIPLES = {"cudnn": (2, 64)}
 _HALVES = (jnp.bfloat16, jnp.float16)
-_LARGEST_HEAD = 128  # of cuDNN's fused kernels on every GPU that has them
+_LARGEST_HEAD = 128  # head_dim of cuDNN's fused kernels on every GPU that has them
 
 
 class SelfAttention(nn.Module):
-    """Attention over n tokens, no biases, queries and keys rotated by position.
+    """Multi-head self-attention with rotary positions and no biases.
 
-    `implementation`: 'auto' is cuDNN's fused kernels where the GPU has them, else XLA's.
+    `implementation` 'auto' is cuDNN's fused kernels where the GPU has them, else XLA's.
     """
 
     heads: int
@@ -39,28 +40,28 @@ class SelfAttention(nn.Module):
         cache: tuple[Any, Any] | None = None,
         start: Any = 0,
     ) -> Any:
-        """Returns what each token reads from all tokens, or from those that its mask row allows.
+        """Returns the attention's output; token i attends to the tokens j where mask[i, j].
 
         With a `cache`, keys and values [b, heads, N, head_dim] of earlier tokens, the n tokens are
-        stored from position `start` on and read all positions up to the last of them; the result
-        is a pair with the new cache.
+        stored from position `start` on and attend to all positions up to their last; returns a
+        pair of the output and the new cache.
         """
         width = x.shape[-1]
-        init = nn.initializers.normal(0.02)
-        options = {
-            "use_bias": False,
-            "kernel_init": init,
-            "dtype": self.dtype,
-            "dot_general_cls": DotGeneral,
-        }
-        qkv = nn.DenseGeneral((3, self.heads, width // self.heads), name="qkv", **options)(x)
+        dense = functools.partial(
+            nn.DenseGeneral,
+            use_bias=False,
+            kernel_init=nn.initializers.normal(0.02),
+            dtype=self.dtype,
+            dot_general_cls=DotGeneral,
+        )
+        qkv = dense((3, self.heads, width // self.heads), name="qkv")(x)
         q, k, v = (qkv[:, :, i] for i in range(3))  # [b, n, heads, head_dim]
         q, k = rotate(q, rotations), rotate(k, rotations)
         if cache is None:
             y = attend(q, k, v, mask, self.implementation)
         else:
             y, cache = _attend_cached(q, k, v, cache, start, mask)
-        y = nn.DenseGeneral(width, axis=(-2, -1), name="out", **options)(y)
+        y = dense(width, axis=(-2, -1), name="out")(y)
         return y if cache is None else (y, cache)
 
 
@@ -71,9 +72,9 @@ def attend(
     mask: Bool[np.ndarray, "n n"] | None,
     implementation: Implementation,
 ) -> Float[Array, "b n heads c"]:
-    """Returns softmax(q k / sqrt(c)) v over what the mask allows; a causal one takes its kernel.
+    """Returns softmax(q k / sqrt(c)) v under a mask; a causal one uses the causal kernel.
 
-    Raises UserError for an implementation that is unknown or not here.
+    Raises UserError for an unknown implementation, or one that this machine does not have.
     """
     choose("config.model.attention", implementation, get_args(Implementation))
     if implementation == "auto":
@@ -92,8 +93,8 @@ def attend(
     elif (mask == np.tri(n, dtype=bool)).all():
         options = {"is_causal": True}
     else:
-        # The last real token comes before the padding, which nothing real reads; a padded row
-        # reads what a causal one would, so that no row is empty and no gradient is NaN.
+        # Padding comes last and no real token attends to it. Padded rows are causal: an empty row
+        # would make gradients NaN.
         padded = np.tri(n + pad, dtype=bool)
         padded[:n, :n] = mask
         options = {"mask": padded[None, None]}
@@ -107,7 +108,7 @@ def attend(
 
 
 def _gpu_fuses() -> bool:
-    """Whether the devices here are NVIDIA's of the Ampere generation or later."""
+    """Returns whether the devices are NVIDIA GPUs of the Ampere generation or later."""
     device = jax.local_devices()[0]
     if "cuda" not in device.client.platform_version:
         return False
@@ -115,7 +116,7 @@ def _gpu_fuses() -> bool:
 
 
 def _attend_cached(q, k, v, cache, start, mask):
-    """New keys and values go into the cache in place; scores are float32."""
+    """Returns the output and the cache with the new keys and values; scores are float32."""
     at = (0, 0, start, 0)
     keys, values = (
         jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2).astype(old.dtype), at)
@@ -123,14 +124,14 @@ def _attend_cached(q, k, v, cache, start, mask):
     )
     n, scale = q.shape[1], q.shape[-1] ** -0.5
     logits = jnp.einsum("bqhc,bhkc->bhqk", q * scale, keys, preferred_element_type=jnp.float32)
-    if mask is None:  # the n tokens are drawn together and see each other
+    if mask is None:  # the n tokens are drawn in parallel and attend to each other
         seen = jnp.arange(keys.shape[2]) < start + n
         seen = seen[None, None, None]
-    else:  # from the start of the sequence
+    else:  # the start of the sequence
         seen = np.zeros((n, keys.shape[2]), bool)
         seen[:, :n] = mask
         seen = seen[None, None]
     probs = jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1).astype(values.dtype)
     y = jnp.einsum("bhqk,bhkc->bhqc", probs, values)
-    # Without the barrier XLA turns the product around, which takes four times as long on a CPU.
+    # Without the barrier XLA transposes the product, which takes four times as long on CPU.
     return jax.lax.optimization_barrier(y).swapaxes(1, 2), (keys, values)

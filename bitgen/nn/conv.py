@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 
 from bitgen.nn import winograd
 from bitgen.nn.norms import Dtype, group_norm
+from bitgen.nn.shuffle import repeat_pixels
 
 # PyTorch's default for convolutions and linear layers, without the random bias.
 torch_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -27,10 +28,10 @@ def conv(features: int, kernel: int, name: str | None, dtype: Dtype, **options) 
 
 
 def _convolve(x, kernel, strides, padding, **options):
-    """A convolution; on CPU by matrix products where the kernel is larger than the image.
+    """Returns a convolution, on CPU in the two cases where XLA's own is slow by other means.
 
-    XLA would swap the two there, and have no fast convolution for what comes out. Large ones of
-    many features are `winograd` there.
+    Large ones of many features are `winograd`. Where the kernel is larger than the image, XLA would
+    swap the two and find no fast kernel; a matrix product of patches is used.
     """
     if winograd.suits(x, kernel, strides, padding, options):
         return winograd.convolve(x, kernel)
@@ -50,25 +51,24 @@ def _convolve(x, kernel, strides, padding, **options):
 
 
 def unrolled(length: int) -> int:
-    """Returns how many turns of a loop over convolutions to unroll: on CPU all of them.
+    """Returns how many steps of a scan over convolutions to unroll: on CPU all of them.
 
-    XLA's fast convolutions for CPU do not work inside of its loops: a gradient takes 50 times as
-    long there.
+    XLA does not use its fast CPU convolutions inside loops: gradients take 50 times as long there.
     """
-    # One turn more than there are: of a loop over one layer JAX would make a loop.
+    # One more than the length, because JAX keeps a loop where `unroll` and the length are both 1.
     return length + 1 if jax.default_backend() == "cpu" else 1
 
 
 def dense(features: int, name: str, dtype: Dtype, **options) -> nn.Dense:
-    """Returns a 1x1 convolution, written as the matrix product that it is."""
+    """Returns a 1x1 convolution as a dense layer, with PyTorch's initial scale."""
     return nn.Dense(features, kernel_init=torch_kernel_init, dtype=dtype, name=name, **options)
 
 
 class Depthwise(nn.Module):
-    """A convolution of each channel by itself, as a sum of shifted images.
+    """A depthwise convolution, computed as a sum of shifted images.
 
-    The same parameters as `nn.Conv` with as many groups as channels; its own gradient with respect
-    to the kernel is slow on CPU.
+    Its parameters are those of `nn.Conv` with as many groups as channels, whose kernel gradient is
+    slow on CPU.
     """
 
     kernel: int
@@ -93,9 +93,9 @@ class Depthwise(nn.Module):
 
 
 class Grouped(nn.Module):
-    """A 1x1 convolution within equal groups of channels, as the matrix products that it is.
+    """A grouped 1x1 convolution without bias, computed as one matrix product a group.
 
-    The same parameters as `nn.Conv` with `groups` groups and no bias.
+    Its parameters are those of `nn.Conv` with `groups` feature groups.
     """
 
     groups: int
@@ -103,7 +103,7 @@ class Grouped(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        """Returns x with each group's channels mixed."""
+        """Returns x after the convolution."""
         b, h, w, c = x.shape
         size = c // self.groups
         kernel = self.param("kernel", torch_kernel_init, (1, 1, size, c), jnp.float32)
@@ -114,7 +114,7 @@ class Grouped(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions around a skip, which a 1x1 projects where the width changes."""
+    """A residual block of two 3x3 convolutions; a 1x1 projects the skip where the width changes."""
 
     features: int
     dtype: Dtype = jnp.float32
@@ -133,13 +133,13 @@ class ResBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """Single-head attention over all positions of the map, with a skip."""
+    """A residual block of single-head attention over all positions."""
 
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        """Returns x plus what each position reads from all others."""
+        """Returns x plus the attention's output."""
         b, h, w, c = x.shape
         y = group_norm("norm", self.dtype)(x).reshape(b, h * w, c)
         q, k, v = (dense(c, name, self.dtype)(y) for name in ("q", "k", "v"))
@@ -151,7 +151,7 @@ class AttnBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """A 3x3 convolution of stride 2 that pads on the right and bottom only."""
+    """A 3x3 convolution of stride 2, padded on the right and bottom only."""
 
     dtype: Dtype = jnp.float32
 
@@ -170,5 +170,4 @@ class Upsample(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b 2h 2w c"]:
         """Returns x at twice the resolution."""
-        x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
-        return conv(x.shape[-1], 3, "conv", self.dtype)(x)
+        return conv(x.shape[-1], 3, "conv", self.dtype)(repeat_pixels(x))

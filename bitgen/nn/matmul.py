@@ -1,8 +1,8 @@
-"""Kernels of matrix products as a sampler's loops want them: cast once, on a CPU features first.
+"""Kernels prepared for a sampler's loops: cast once and, on CPU, transposed once.
 
-There XLA packs the kernel for every product, which takes longer than the product itself while the
-rows are few. It packs the other operand, the rows, if the kernel comes first and its features are
-its first axis: 1.3 times as fast at 128 rows, 1.5 times at 2 (768x2304 kernels, two cores).
+XLA's CPU backend packs the right operand of every product, which takes longer than the product
+itself while the rows are few. With the transposed kernel as the left operand it packs the rows
+instead: 1.3 times as fast at 128 rows, 1.5 times at 2 (768x2304 kernels, two cores).
 """
 
 import math
@@ -14,14 +14,13 @@ import jax
 import jax.numpy as jnp
 
 FEATURES_FIRST = "features_first"
-_ROWS = 160  # with more, turning rows and features around costs more than it saves
+_ROWS = 160  # with more rows, transposing the output costs more than it saves
 
 
 def cast_kernels(params: Mapping[str, Any], dtype: Any) -> Any:
-    """Returns parameters with the kernels and the biases beside them in a dtype.
+    """Returns parameters with kernels, and the biases beside them, in `dtype`.
 
-    A layer casts its own whenever it is applied, in a loop again and again: before a loop it is
-    done once.
+    A layer casts its kernel at every call: before a loop of calls this does it once.
     """
     if "kernel" in params:
         return jax.tree.map(lambda x: x.astype(dtype), params)
@@ -32,20 +31,20 @@ def cast_kernels(params: Mapping[str, Any], dtype: Any) -> Any:
 
 
 class DotGeneral(nn.Module):
-    """The product of a dense layer: of `nn.Dense(dot_general_cls=DotGeneral)`.
+    """The matrix product of `nn.Dense(dot_general_cls=DotGeneral)`.
 
-    A pass in which the collection `features_first` is mutable stores the kernels there; a pass that
-    is given the collection takes them from it where rows are few.
+    A call in which the collection `features_first` is mutable stores transposed kernels there; a
+    call that is given the collection uses them where rows are few.
     """
 
     @nn.compact
     def __call__(self, x: Any, kernel: Any, dimensions: Any, **options: Any) -> Any:
-        """Returns `jax.lax.dot_general` of the same; the contracted axes of x are its last."""
+        """Returns `jax.lax.dot_general` of the arguments; the last axes of x are contracted."""
         inputs = len(dimensions[0][0])
         rows, features = x.shape[: x.ndim - inputs], kernel.shape[inputs:]
         flat = math.prod(kernel.shape[:inputs])
         if self.is_mutable_collection(FEATURES_FIRST) and not self.is_initializing():
-            # The barrier keeps the compiler from undoing this where the kernel is read.
+            # Without the barrier the compiler undoes the transposition where the kernel is read.
             stored = jax.lax.optimization_barrier(kernel.reshape(flat, -1).T)
             self.put_variable(FEATURES_FIRST, "kernel", stored)
         elif self.has_variable(FEATURES_FIRST, "kernel") and math.prod(rows) <= _ROWS:

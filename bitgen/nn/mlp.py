@@ -1,4 +1,6 @@
-"""Feed-forward blocks."""
+"""Gated feed-forward blocks."""
+
+import functools
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -15,41 +17,31 @@ def swiglu_width(width: int, multiple: int) -> int:
 
 
 class SwiGLU(nn.Module):
-    """A gated feed-forward block without biases (Shazeer 2020)."""
+    """The gated feed-forward block of Llama (Shazeer 2020).
 
-    hidden: int
-    dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-        """Returns down(silu(gate(x)) * up(x))."""
-
-        def dense(features, name):
-            init = nn.initializers.normal(0.02)
-            return nn.Dense(features, use_bias=False, kernel_init=init, dtype=self.dtype, name=name)
-
-        y = nn.silu(dense(self.hidden, "gate")(x)) * dense(self.hidden, "up")(x)
-        return dense(x.shape[-1], "down")(y)
-
-
-class GatedMLP(nn.Module):
-    """A gated feed-forward block whose gate and input are one matrix, with biases by choice."""
+    `fused` computes the gate and the projection that it gates by one matrix, `gate_up`.
+    """
 
     hidden: int
     features: int
+    fused: bool = False
     use_bias: bool = False
     kernel_init: nn.initializers.Initializer = nn.initializers.normal(0.02)
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b features"]:
-        """Returns out(silu(gate(x)) * up(x))."""
-        options = {
-            "use_bias": self.use_bias,
-            "kernel_init": self.kernel_init,
-            "dtype": self.dtype,
-            "dot_general_cls": DotGeneral,
-        }
-        y = nn.DenseGeneral((2, self.hidden), name="gate_up", **options)(x)  # [..., 2, hidden]
+        """Returns down(silu(gate(x)) * up(x))."""
+        dense = functools.partial(
+            nn.DenseGeneral,
+            use_bias=self.use_bias,
+            kernel_init=self.kernel_init,
+            dtype=self.dtype,
+            dot_general_cls=DotGeneral,
+        )
+        if not self.fused:
+            y = nn.silu(dense(self.hidden, name="gate")(x)) * dense(self.hidden, name="up")(x)
+            return dense(self.features, name="down")(y)
+        y = dense((2, self.hidden), name="gate_up")(x)  # [..., 2, hidden]
         y = nn.silu(y[..., 0, :]) * y[..., 1, :]
-        return nn.Dense(self.features, name="out", **options)(y)
+        return dense(self.features, name="out")(y)

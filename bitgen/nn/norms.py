@@ -1,4 +1,4 @@
-"""Normalisation layers that compute in float32 whatever the activations are."""
+"""Normalisation layers that compute in float32."""
 
 from typing import Any
 
@@ -35,10 +35,9 @@ class RMSNorm(nn.Module):
 class BatchNorm(nn.Module):
     """Batch normalisation whose running statistics are parameters, as in a PyTorch file.
 
-    The leaves `mean` and `var` stand beside `scale` and `bias`, so that one tree holds the model.
-    Training normalises by the batch, over all devices that share it under `jit`, and sows the new
-    running values at their paths in the collection "moved"; whoever updates the parameters puts
-    them in place. As in PyTorch, the running variance takes the unbiased estimate.
+    Training normalises by the statistics of the global batch under `jit`, and sows the new running
+    values at the paths of the parameters `mean` and `var` in the collection "moved"; the training
+    step copies them into the parameters. As in PyTorch, `var` averages unbiased estimates.
     """
 
     momentum: float = 0.1
@@ -72,7 +71,7 @@ class BatchNorm(nn.Module):
 
 
 def layer_norm(x: Float[Array, "*b d"], epsilon: float = 1e-6) -> Float[Array, "*b d"]:
-    """Returns x with zero mean and unit variance over d, no learned parameters, in x's dtype."""
+    """Returns x normalised to zero mean and unit variance over d, in x's dtype; no parameters."""
     y = x.astype(jnp.float32)
     y = y - jnp.mean(y, axis=-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + epsilon)
@@ -80,10 +79,10 @@ def layer_norm(x: Float[Array, "*b d"], epsilon: float = 1e-6) -> Float[Array, "
 
 
 class GroupNorm(nn.GroupNorm):
-    """Flax's, but for one line where the channels do not fit its groups."""
+    """Flax's group norm with a clear error where the groups do not divide the channels."""
 
     def __call__(self, x: Any, **options: Any) -> Any:
-        """Returns x normalised; raises UserError unless its groups divide its channels."""
+        """Returns x normalised; raises UserError unless the groups divide the channels."""
         if x.shape[-1] % (self.num_groups or 1):
             raise UserError(
                 f"a layer has {x.shape[-1]} channels, its norm {self.num_groups} groups of them: "

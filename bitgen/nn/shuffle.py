@@ -1,7 +1,4 @@
-"""Space to channels and back, NHWC with PyTorch's order of channels, and skips across a resampling.
-
-The skips without parameters are those of DC-AE (arXiv 2410.10733).
-"""
+"""Pixel shuffles, NHWC in PyTorch's order of channels, and DC-AE's shortcuts (arXiv 2410.10733)."""
 
 import jax.numpy as jnp
 from einops import rearrange
@@ -21,7 +18,7 @@ def pixel_shuffle(x: Float[Array, "b h w cff"], factor: int) -> Float[Array, "b 
 def average_channels(
     x: Float[Array, "b H W c"], features: int, factor: int = 1
 ) -> Float[Array, "b h w features"]:
-    """Returns x made smaller by `factor`, the means of neighbouring channels after unshuffling."""
+    """Returns x downsampled by `factor`: the means of neighbouring channels after unshuffling."""
     x = pixel_unshuffle(x, factor)
     return rearrange(x, "b h w (c g) -> b h w c g", c=features).mean(-1)
 
@@ -29,5 +26,10 @@ def average_channels(
 def repeat_channels(
     x: Float[Array, "b h w c"], features: int, factor: int = 1
 ) -> Float[Array, "b H W features"]:
-    """Returns x made larger by `factor`, each channel repeated before shuffling."""
+    """Returns x upsampled by `factor`: each channel is repeated before shuffling."""
     return pixel_shuffle(jnp.repeat(x, features * factor**2 // x.shape[-1], axis=-1), factor)
+
+
+def repeat_pixels(x: Float[Array, "b h w c"]) -> Float[Array, "b 2h 2w c"]:
+    """Returns x at twice the resolution by nearest-neighbour interpolation."""
+    return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)

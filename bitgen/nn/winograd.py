@@ -1,7 +1,7 @@
-"""3x3 convolutions of many features on a CPU: Winograd's F(2x2, 3x3), arXiv 1509.09308.
+"""Winograd's F(2x2, 3x3) for 3x3 convolutions of many features on CPU (arXiv 1509.09308).
 
-2.25 times fewer products, as matrix products of tiles; rounding errors are some ten times those of
-a plain convolution. Gradients are the plain convolution's.
+It takes 2.25 times fewer multiplications, in matrix products of tiles; rounding errors are about
+ten times those of a plain convolution, whose gradients are used.
 """
 
 from typing import Any
@@ -12,17 +12,16 @@ import numpy as np
 from jaxtyping import Array, Float
 
 _KERNEL_TO_TILE = np.array([[2, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]], np.float32) / 2
-# With fewer features the additions cost more than the products save, with fewer pixels the kernels.
+# Below either, the tiles' additions or the kernels' transform cost more than the products save.
 _FEATURES, _PIXELS = 256, 64 * 64
-# More pixels are done in strips of rows, whose tiles stay in the cache.
+# More pixels than _WHOLE are computed in strips of _ROWS rows, whose tiles stay in the cache.
 _WHOLE, _ROWS = 128 * 128, 8
 
 
 def suits(x: Any, kernel: Any, strides: Any, padding: Any, options: dict[str, Any]) -> bool:
-    """Returns whether these arguments of `lax.conv_general_dilated` gain by `convolve`.
+    """Returns whether `convolve` is faster for these arguments of `lax.conv_general_dilated`.
 
-    They do for float32 3x3 convolutions of stride 1 that keep an even size, large enough for tiles
-    to cost less than the products they save.
+    It is for large float32 3x3 convolutions of stride 1 that keep the image's even size.
     """
     (kh, kw, i, o), (h, w) = kernel.shape, x.shape[1:3]
     plain = all(d == 1 for d in (*strides, *_dilations(options))) and (kh, kw) == (3, 3)
@@ -43,7 +42,7 @@ def _dilations(options):
 def convolve(
     x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"]
 ) -> Float[Array, "b h w o"]:
-    """Returns the convolution of stride 1 and padding 1: on CPU by tiles, elsewhere XLA's own."""
+    """Returns the convolution of stride 1 and padding 1, by tiles on CPU and by XLA elsewhere."""
     return jax.lax.platform_dependent(x, kernel, cpu=by_tiles, default=_plain)
 
 
@@ -53,9 +52,9 @@ def _forward(x, kernel):
 
 def _backward(inputs, gradient):
     x, kernel = inputs
-    (of_x,) = jax.linear_transpose(lambda x: _plain(x, kernel), x)(gradient)
-    (of_kernel,) = jax.linear_transpose(lambda kernel: _plain(x, kernel), kernel)(gradient)
-    return of_x, of_kernel
+    (to_x,) = jax.linear_transpose(lambda x: _plain(x, kernel), x)(gradient)
+    (to_kernel,) = jax.linear_transpose(lambda kernel: _plain(x, kernel), kernel)(gradient)
+    return to_x, to_kernel
 
 
 convolve.defvjp(_forward, _backward)
@@ -70,7 +69,7 @@ def _plain(x, kernel):
 def by_tiles(
     x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"]
 ) -> Float[Array, "b h w o"]:
-    """Returns the same by F(2x2, 3x3), for even h and w."""
+    """Returns the convolution of stride 1 and padding 1 by F(2x2, 3x3); h and w are even."""
     b, h, w, _ = x.shape
     kernels = jnp.einsum("ap,cq,pqio->acio", _KERNEL_TO_TILE, _KERNEL_TO_TILE, kernel)
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
@@ -85,7 +84,7 @@ def by_tiles(
 
 
 def _tiles(x, kernels):
-    """[b, h + 2, w + 2, i], [4, 4, i, o] -> [b, h, w, o]; tiles of 4x4 overlap, and give 2x2."""
+    """[b, h + 2, w + 2, i], [4, 4, i, o] -> [b, h, w, o], 2x2 outputs from each 4x4 tile."""
     (b, h, w, i), o = x.shape, kernels.shape[-1]
     h, w = h - 2, w - 2
 

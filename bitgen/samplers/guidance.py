@@ -3,34 +3,26 @@
 import numpy as np
 from jaxtyping import Float
 
-from bitgen.errors import UserError
+from bitgen.errors import choose
 
 
 def guidance_schedule(
     scale: float, schedule: str, ratios: Float[np.ndarray, " i"]
 ) -> Float[np.ndarray, " i"]:
-    """Returns the guidance at each ratio in (0, 1] of the steps done: constant, or linear from 1.
+    """Returns the guidance scale at each share in [0, 1] of the steps, constant or linear from 1.
 
     Raises UserError for another schedule.
     """
-    if schedule == "constant":
-        return np.full(len(ratios), scale, np.float32)
-    if schedule == "linear":
-        return (1 + (scale - 1) * ratios).astype(np.float32)
-    raise UserError(f"unknown guidance schedule {schedule!r}, have ['constant', 'linear']")
+    values = {"constant": np.full(len(ratios), scale), "linear": 1 + (scale - 1) * ratios}
+    return choose("guidance schedule", schedule, values).astype(np.float32)
 
 
 def temperature_schedule(
     temperature: float, schedule: str, ratios: Float[np.ndarray, " i"]
 ) -> Float[np.ndarray, " i"]:
-    """Returns the temperature at each ratio: constant, up from 0, or down to 0.
+    """Returns the temperature at each share of the steps: constant, up from 0, or down to 0.
 
     Raises UserError for another schedule.
     """
-    if schedule == "constant":
-        return np.full(len(ratios), temperature, np.float32)
-    if schedule == "up":
-        return (temperature * ratios).astype(np.float32)
-    if schedule == "down":
-        return (temperature * (1 - ratios)).astype(np.float32)
-    raise UserError(f"unknown Gumbel schedule {schedule!r}, have ['constant', 'down', 'up']")
+    shares = {"constant": np.ones(len(ratios)), "up": ratios, "down": 1 - ratios}
+    return (temperature * choose("Gumbel schedule", schedule, shares)).astype(np.float32)

@@ -1,7 +1,7 @@
 """The binary autoencoder, "B-AE", of Binary Latent Diffusion (arXiv 2304.04820) and BiGR.
 
-A VQGAN-style encoder projects each cell to k probabilities; a bit is a Bernoulli draw in training
-and `prob > 0.5` otherwise; the decoder reads the sum of the embeddings of the bits that are on.
+A VQGAN-style encoder gives the probabilities of a cell's k bits, which are drawn in training and
+rounded otherwise; the decoder reads the sum of the embeddings of the bits that are on.
 """
 
 from typing import Any
@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from bitgen.nn.conv import AttnBlock, Downsample, ResBlock, Upsample, conv, dense
 from bitgen.nn.norms import Dtype, group_norm
+from bitgen.tokenizers.quantizers import straight_through
 
 Layout = list[tuple[str, int, int]]
 
@@ -28,32 +29,29 @@ class BinaryAutoencoder(nn.Module):
     embed_dim: int = 256
     image_size: int = 256
     attention_resolutions: tuple[int, ...] = (16,)
-    decoder_multiplier: float = 1.0  # times the encoder's residual blocks a level; "gen_mul"
+    decoder_multiplier: float = 1.0  # the decoder's blocks a level over the encoder's, "gen_mul"
     norm_first: bool = True
-    deterministic: bool = False  # round instead of drawing bits in training
+    deterministic: bool = False  # bits are rounded in training too
     signed: bool = False  # bits enter the decoder as -1, 1 instead of 0, 1; "use_tanh"
     remat: bool = False
     dtype: Dtype = jnp.float32
 
+    image_scale = 2.0  # pixels in [0, 1] of the last layer to images in [-1, 1]
+
     @property
     def grid(self) -> tuple[int, int]:
-        """Cells of the bit grid for square images of `image_size`."""
+        """Cells (h, w) of images of `image_size`."""
         side = self.image_size // 2 ** (len(self.multipliers) - 1)
         return side, side
 
     @property
     def last_layer(self) -> tuple[str, ...]:
-        """Path of the convolution that makes the pixels, where GAN losses are balanced."""
+        """Path of the last convolution, where GAN losses are balanced."""
         return "decoder", f"blocks_{len(decoder_layout(self)) - 1}"
 
     @property
-    def image_scale(self) -> float:
-        """Images are the last layer's output times this, plus a constant: pixels are in [0, 1]."""
-        return 2.0
-
-    @property
     def stochastic(self) -> bool:
-        """Whether a generator is trained on drawn bits."""
+        """Whether generators are trained on drawn bits."""
         return not self.deterministic
 
     def setup(self):
@@ -63,7 +61,7 @@ class BinaryAutoencoder(nn.Module):
 
     def hidden(self, images: Float[Array, "b H W 3"]) -> Float[Array, "b h w e"]:
         """Returns the encoder's output for images in [-1, 1]."""
-        return self.encoder((images.astype(self.dtype) + 1) / 2)
+        return self.encoder((images.astype(self.dtype) + 1) / 2)[0]
 
     def probs(self, images: Float[Array, "b H W 3"]) -> Float[Array, "b h w k"]:
         """Returns the probability of each bit for images in [-1, 1]."""
@@ -75,32 +73,34 @@ class BinaryAutoencoder(nn.Module):
 
     def decode(self, bits: Bool[Array, "b h w k"]) -> Float[Array, "b H W 3"]:
         """Returns images in about [-1, 1], not clipped."""
-        codes = self.quantizer.codes(bits.astype(jnp.float32))
-        return self._pixels(self.decoder(self.quantizer.embed(codes)))
+        return self._pixels(self.quantizer.codes(bits.astype(jnp.float32)))[0]
 
     def __call__(
         self, images: Float[Array, "b H W 3"], *, train: bool
     ) -> tuple[Float[Array, "b H W 3"], dict[str, Any]]:
-        """Returns the reconstruction and what the losses need, gradients straight through the bits.
+        """Returns the reconstruction, with straight-through gradients, and a dict for the losses.
 
-        The second value holds `losses` (name to scalar), `bits` and `last_input`, the activation
-        that enters `last_layer`. In training, bits are drawn with the rng named 'bits'.
+        The dict holds `losses` (name to scalar), `bits` and `last_input`, the input of
+        `last_layer`. Training draws bits with the rng named 'bits'.
         """
-        probs = self.quantizer.probs(self.hidden(images))
+        probs = self.probs(images)
         if train and not self.deterministic:
             bits = jax.random.bernoulli(self.make_rng("bits"), probs)
         else:
             bits = probs > 0.5
         codes, soft = self.quantizer.codes(bits.astype(jnp.float32)), self.quantizer.codes(probs)
-        codes = soft + jax.lax.stop_gradient(codes - soft)
-        last_input = self.decoder(self.quantizer.embed(codes), stop=-1)
-        # The reference takes the sigmoid of the activated projection here, and so do we.
+        images, last_input = self._pixels(straight_through(codes, soft))
+        # A second sigmoid, as in the reference.
         uncertain = jax.nn.sigmoid(soft) * jax.nn.sigmoid(-soft)
-        aux = {"losses": {"code": jnp.mean(uncertain)}, "bits": bits, "last_input": last_input}
-        return self._pixels(self.decoder.last(last_input)), aux
+        return images, {
+            "losses": {"code": jnp.mean(uncertain)},
+            "bits": bits,
+            "last_input": last_input,
+        }
 
-    def _pixels(self, x):
-        return x.astype(jnp.float32) * self.image_scale - 1
+    def _pixels(self, codes):
+        x, last_input = self.decoder(self.quantizer.embed(codes))
+        return x.astype(jnp.float32) * self.image_scale - 1, last_input
 
 
 class BinaryQuantizer(nn.Module):
@@ -117,23 +117,23 @@ class BinaryQuantizer(nn.Module):
         self.embedding = self.param("embedding", nn.initializers.normal(1.0), shape, jnp.float32)
 
     def probs(self, hidden):
-        """[b,h,w,e] -> the probability of each bit [b,h,w,k], float32."""
+        """Returns the probability of each bit [b,h,w,k], float32, for hidden [b,h,w,e]."""
         logits = self.proj(hidden).astype(jnp.float32)
         # tanh(x) / 2 + 1 / 2 is sigmoid(2x).
         return jax.nn.sigmoid(2 * logits if self.signed else logits)
 
     def codes(self, values):
-        """Bits or probabilities in [0, 1] -> the values that the decoder was trained on."""
+        """Returns the decoder's values for bits or probabilities in [0, 1]."""
         return values * 2 - 1 if self.signed else values
 
     def embed(self, codes):
-        """[b,h,w,k] -> [b,h,w,e], the sum of each bit's embedding times its code."""
+        """Returns the sum [b,h,w,e] of each bit's embedding times its code [b,h,w,k]."""
         dtype = self.dtype
         return jnp.einsum("bhwk,ke->bhwe", codes.astype(dtype), self.embedding.astype(dtype))
 
 
 class BlockStack(nn.Module):
-    """Applies the blocks of a layout in order, as `blocks_0`, `blocks_1`, ..."""
+    """The blocks of a layout in order, `blocks_0`, `blocks_1`, ..."""
 
     layout: Layout
     remat: bool
@@ -144,15 +144,11 @@ class BlockStack(nn.Module):
             _block(kind, features, self.remat, self.dtype) for kind, _, features in self.layout
         ]
 
-    def __call__(self, x, stop: int | None = None):
-        """Returns the output of the blocks before `stop` (all of them by default)."""
-        for block in self.blocks[:stop]:
+    def __call__(self, x):
+        """Returns the output and the input of the last block."""
+        for block in self.blocks[:-1]:
             x = block(x)
-        return x
-
-    def last(self, x):
-        """Returns the output of the last block alone."""
-        return self.blocks[-1](x)
+        return self.blocks[-1](x), x
 
 
 def _block(kind: str, features: int, remat: bool, dtype: Dtype) -> nn.Module:
@@ -170,7 +166,7 @@ def _block(kind: str, features: int, remat: bool, dtype: Dtype) -> nn.Module:
 def encoder_layout(config: Any) -> Layout:
     """Returns (kind, input channels, output channels) of each encoder block, in order.
 
-    `config` is anything with the fields of BinaryAutoencoder. Kinds: conv, res, attn, down, norm.
+    `config` has the fields of BinaryAutoencoder. Kinds are conv, res, attn, down and norm.
     """
     width = config.width
     layout: Layout = [("conv", config.channels, width)]
@@ -189,7 +185,7 @@ def encoder_layout(config: Any) -> Layout:
 
 
 def decoder_layout(config: Any) -> Layout:
-    """Returns (kind, input channels, output channels) of each decoder block, in order."""
+    """Returns (kind, input channels, output channels) of each decoder block, as above."""
     embed_dim = config.embed_dim
     channels = config.width * config.multipliers[-1]
     resolution = config.image_size // 2 ** (len(config.multipliers) - 1)

@@ -1,6 +1,6 @@
-"""A plain convolutional autoencoder with one vector an image: the baseline of small experiments.
+"""A plain convolutional autoencoder with one vector an image, a baseline for small experiments.
 
-Unpadded convolutions and a linear layer, mirrored by transposed convolutions, after the baseline of
+Unpadded convolutions and a linear layer, mirrored by transposed convolutions, as in
 defgsus/nn-experiments (`experiments/ae/baseline.yml`).
 """
 
@@ -17,16 +17,19 @@ from bitgen.tokenizers.latent import LatentTokenizer
 class ConvAutoencoder(LatentTokenizer):
     """Images of one size to `code` latents, or bits, in a 1x1 grid and back.
 
-    The defaults, for 32x32 images, hold 24 times fewer numbers than the image. Raises UserError,
-    when first used, for settings that fit no model.
+    The defaults compress 32x32 images to 24 times fewer numbers. Raises UserError when first used
+    with settings that fit no model.
     """
 
     channels: int = 3
     image_size: int = 32
     widths: tuple[int, ...] = (24, 32, 48)
-    kernel: int = 5  # pixels a side, odd
+    kernel: int = 5  # odd
     code: int = 128
     dtype: Dtype = jnp.float32
+
+    grid = (1, 1)
+    last_layer = ("conv_out",)  # path of the last convolution, for GAN losses
 
     @property
     def latents(self) -> int:
@@ -34,18 +37,8 @@ class ConvAutoencoder(LatentTokenizer):
         return self.code
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """One cell."""
-        return 1, 1
-
-    @property
-    def last_layer(self) -> tuple[str, ...]:
-        """Path of the convolution that makes the pixels, where GAN losses are balanced."""
-        return ("conv_out",)
-
-    @property
     def _side(self) -> int:
-        """Pixels a side of what the linear layer sees."""
+        """Side of the linear layer's input in pixels."""
         return self.image_size - len(self.widths) * (self.kernel - 1)
 
     def setup(self):
@@ -60,7 +53,7 @@ class ConvAutoencoder(LatentTokenizer):
         linear = {"kernel_init": torch_kernel_init, "dtype": self.dtype}
         self.linear_in = nn.Dense(self.code, **linear)
         self.linear_out = nn.Dense(self._side**2 * self.widths[-1], **linear)
-        # A transposed convolution is one over a border of zeros.
+        # A transposed convolution of stride 1 is a convolution with full padding.
         self.deconvs = [
             conv(w, self.kernel, None, self.dtype, padding=self.kernel - 1)
             for w in self.widths[-2::-1]
@@ -85,6 +78,6 @@ class ConvAutoencoder(LatentTokenizer):
         x = x.reshape(len(x), self._side, self._side, self.widths[-1])
         for layer in self.deconvs:
             x = nn.relu(layer(x))
-        margin = self.kernel // 2  # so that the last layer keeps the size of its input
+        margin = self.kernel // 2  # for the last layer to preserve the size of its input
         x = jnp.pad(x, ((0, 0), (margin, margin), (margin, margin), (0, 0)))
         return self.conv_out(x).astype(jnp.float32), x

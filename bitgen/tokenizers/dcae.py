@@ -1,10 +1,11 @@
 """DC-AE, the deep-compression autoencoder (arXiv 2410.10733; mit-han-lab/efficientvit).
 
-Each halving of the resolution has a skip that moves pixels to channels and averages those, each
-doubling the reverse, so that compression of 32 to 128 times a side can be trained. Latents are
-continuous; with a `quantizer` they are bits, which the original does not have.
+Shortcuts without parameters around every down- and upsampling, between pixels and channels, make
+compression by 32 to 128 times a side trainable. Latents are continuous; a `quantizer`, which the
+original does not have, makes them bits.
 """
 
+import itertools
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jaxtyping import Array, Float
 from bitgen.errors import UserError, choose
 from bitgen.nn.conv import conv
 from bitgen.nn.norms import Dtype
-from bitgen.nn.shuffle import average_channels, pixel_shuffle, repeat_channels
+from bitgen.nn.shuffle import average_channels, pixel_shuffle, repeat_channels, repeat_pixels
 from bitgen.tokenizers.dcae_blocks import (
     ACTIVATIONS,
     BLOCKS,
@@ -22,10 +23,10 @@ from bitgen.tokenizers.dcae_blocks import (
     HEAD_DIM,
     NORMS,
     UP,
+    Stage,
+    apply_stage,
     down,
     normalize,
-    repeat_pixels,
-    stage,
     up,
 )
 from bitgen.tokenizers.latent import LatentTokenizer
@@ -37,9 +38,9 @@ class DCAE(LatentTokenizer):
     """Images to latents or bits and back; see `encode`, `decode` and `__call__`.
 
     The defaults are the released f32c32. `encoder_*` and `decoder_*` have an entry a stage, from
-    the images down; each stage has half the resolution of the one before. A first stage without
-    blocks costs nothing: the first convolution makes half the resolution at once, and the last one
-    undoes it. Raises UserError, when first used, for settings that fit no model.
+    the images down, each at half the resolution of the stage before. If the first stage has no
+    blocks, the first convolution halves the resolution and the last one doubles it. Raises
+    UserError when first used with settings that fit no model.
     """
 
     channels: int = 3
@@ -66,6 +67,8 @@ class DCAE(LatentTokenizer):
     remat: bool = False
     dtype: Dtype = jnp.float32
 
+    last_layer = ("decoder", "conv_out")  # path of the last convolution, for GAN losses
+
     @property
     def latents(self) -> int:
         """Channels of the latents."""
@@ -73,29 +76,42 @@ class DCAE(LatentTokenizer):
 
     @property
     def factor(self) -> int:
-        """Pixels of a cell's side."""
+        """Pixels along the side of a cell."""
         return 2 ** (len(self.encoder_widths) - 1)
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Cells of the grid for square images of `image_size`."""
+        """Cells (h, w) of images of `image_size`."""
         return self.image_size // self.factor, self.image_size // self.factor
 
     @property
-    def last_layer(self) -> tuple[str, ...]:
-        """Path of the convolution that makes the pixels, where GAN losses are balanced."""
-        return "decoder", "conv_out"
-
-    @property
     def last_shuffle(self) -> int:
-        """Pixels a side that `last_layer` makes at once, as channels that are then shuffled."""
+        """Factor of the pixel shuffle that follows `last_layer`."""
         return 2 if self.decoder_depths[0] == 0 and self.upsample == "shuffle" else 1
 
     def setup(self):
         check(self)
         self._check_quantizer()
-        self.encoder = Encoder(**_fields(self, Encoder, "encoder_"))
-        self.decoder = Decoder(**_fields(self, Decoder, "decoder_"))
+        self.encoder = Encoder(
+            stages(self, "encoder"),
+            self.latent_channels,
+            self.downsample,
+            self.downsample_shortcut,
+            self.encoder_out_shortcut,
+            self.remat,
+            self.dtype,
+        )
+        self.decoder = Decoder(
+            stages(self, "decoder"),
+            self.channels,
+            self.upsample,
+            self.upsample_shortcut,
+            self.decoder_in_shortcut,
+            self.decoder_out_norm,
+            self.decoder_out_activation,
+            self.remat,
+            self.dtype,
+        )
 
     def _latents(self, images: Array, train: bool) -> Float[Array, "b h w c"]:
         if images.shape[1] % self.factor or images.shape[2] % self.factor:
@@ -111,13 +127,9 @@ class DCAE(LatentTokenizer):
 
 
 class Encoder(nn.Module):
-    """Images to latents: a convolution, the stages with a halving after each, a convolution."""
+    """Images to latents: a convolution, stages with downsampling between, a convolution."""
 
-    widths: tuple[int, ...]
-    depths: tuple[int, ...]
-    blocks: tuple[str, ...]
-    norms: tuple[str, ...]
-    activations: tuple[str, ...]
+    stages: tuple[Stage, ...]
     latent_channels: int
     downsample: str
     downsample_shortcut: bool
@@ -128,32 +140,28 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b H W c"], train: bool) -> Float[Array, "b h w latents"]:
         """Returns the latents of images in [-1, 1]."""
-        last = len(self.widths) - 1
         x = x.astype(self.dtype)
-        if self.depths[0]:
-            x = conv(self.widths[0], 3, "conv_in", self.dtype)(x)
+        first, second, *_ = self.stages
+        if first.depth:
+            x = conv(first.width, 3, "conv_in", self.dtype)(x)
         else:
-            x = down(x, self.widths[1], self.downsample, False, "conv_in", self.dtype)
-        for i, depth in enumerate(self.depths):
-            if depth:
-                kind = (depth, self.blocks[i], self.norms[i], self.activations[i])
-                x = stage(x, f"stage_{i}", *kind, train, self.remat, self.dtype)
-            if depth and i < last:
+            x = down(x, second.width, self.downsample, False, "conv_in", self.dtype)
+        for i, stage in enumerate(self.stages):
+            if not stage.depth:
+                continue
+            x = apply_stage(x, f"stage_{i}", stage, train, self.remat, self.dtype)
+            if i + 1 < len(self.stages):
                 options = (self.downsample, self.downsample_shortcut, f"stage_{i}_down")
-                x = down(x, self.widths[i + 1], *options, self.dtype)
+                x = down(x, self.stages[i + 1].width, *options, self.dtype)
         y = conv(self.latent_channels, 3, "conv_out", self.dtype)(x)
         return y + average_channels(x, self.latent_channels) if self.out_shortcut else y
 
 
 class Decoder(nn.Module):
-    """Latents to images: a convolution, the stages with a doubling before each, a convolution."""
+    """Latents to images: a convolution, stages with upsampling between, a convolution."""
 
+    stages: tuple[Stage, ...]
     channels: int
-    widths: tuple[int, ...]
-    depths: tuple[int, ...]
-    blocks: tuple[str, ...]
-    norms: tuple[str, ...]
-    activations: tuple[str, ...]
     upsample: str
     upsample_shortcut: bool
     in_shortcut: bool
@@ -166,37 +174,45 @@ class Decoder(nn.Module):
     def __call__(
         self, x: Float[Array, "b h w latents"], train: bool
     ) -> tuple[Float[Array, "b H W c"], Array]:
-        """Returns the images and the activation that enters the last convolution."""
-        last = len(self.widths) - 1
-        x = x.astype(self.dtype)
-        y = conv(self.widths[last], 3, "conv_in", self.dtype)(x)
-        x = y + repeat_channels(x, self.widths[last]) if self.in_shortcut else y
-        for i in range(last, -1, -1):
-            depth = self.depths[i]
-            if depth and i < last:
+        """Returns the images and the input of the last convolution."""
+        x, width = x.astype(self.dtype), self.stages[-1].width
+        y = conv(width, 3, "conv_in", self.dtype)(x)
+        x = y + repeat_channels(x, width) if self.in_shortcut else y
+        for i, stage in reversed(list(enumerate(self.stages))):
+            if not stage.depth:
+                continue
+            if i + 1 < len(self.stages):
                 options = (self.upsample, self.upsample_shortcut, f"stage_{i}_up")
-                x = up(x, self.widths[i], *options, self.dtype)
-            if depth:
-                kind = (depth, self.blocks[i], self.norms[i], self.activations[i])
-                x = stage(x, f"stage_{i}", *kind, train, self.remat, self.dtype)
+                x = up(x, stage.width, *options, self.dtype)
+            x = apply_stage(x, f"stage_{i}", stage, train, self.remat, self.dtype)
         x = normalize(self.out_norm, "norm_out", x, train)
         x = ACTIVATIONS[self.out_activation](x)
-        whole = bool(self.depths[0])  # else the last convolution doubles the resolution too
-        shuffle = not whole and self.upsample == "shuffle"
-        if not whole and not shuffle:
+        doubles = not self.stages[0].depth  # the last convolution doubles the resolution
+        shuffle = doubles and self.upsample == "shuffle"
+        if doubles and not shuffle:
             x = repeat_pixels(x)
         y = conv(self.channels * (4 if shuffle else 1), 3, "conv_out", self.dtype)(x)
         return pixel_shuffle(y, 2) if shuffle else y, x
 
 
-def _fields(module: DCAE, part: type[nn.Module], prefix: str) -> dict[str, Any]:
-    """The settings that a part has, under its own names."""
-    names = [name for name in part.__dataclass_fields__ if name not in ("parent", "name")]
-    return {n: getattr(module, prefix + n, getattr(module, n, None)) for n in names}
+def stages(c: Any, side: str) -> tuple[Stage, ...]:
+    """Returns the stages of the side 'encoder' or 'decoder' of settings with the fields of DCAE.
+
+    Raises UserError unless the fields have as many entries.
+    """
+    names = ("widths", "depths", "blocks", "norms", "activations")
+    widths, *others = values = [getattr(c, f"{side}_{name}") for name in names]
+    for name, value in zip(names[1:], others, strict=True):
+        if isinstance(value, str) or len(value) != len(widths):
+            raise UserError(
+                f"{side}_{name} {value!r} does not have one entry for each of the {len(widths)} "
+                f"stages of {side}_widths {tuple(widths)}"
+            )
+    return tuple(itertools.starmap(Stage, zip(*values, strict=True)))
 
 
 def check(c: Any) -> None:
-    """Raises UserError unless the settings `c`, with the fields of DCAE, make a model."""
+    """Raises UserError unless settings with the fields of DCAE make a model."""
     choose("downsample", c.downsample, DOWN)
     choose("upsample", c.upsample, UP)
     choose("norm", c.decoder_out_norm, NORMS)
@@ -206,7 +222,7 @@ def check(c: Any) -> None:
     if len(c.encoder_widths) != len(c.decoder_widths):
         raise UserError(
             f"encoder_widths has {len(c.encoder_widths)} stages and decoder_widths "
-            f"{len(c.decoder_widths)}: give both as many, or images change their size"
+            f"{len(c.decoder_widths)}: give both as many, or images change size"
         )
     for side, shortcut in (("encoder", c.encoder_out_shortcut), ("decoder", c.decoder_in_shortcut)):
         width = getattr(c, f"{side}_widths")[-1]
@@ -215,47 +231,33 @@ def check(c: Any) -> None:
                 f"latent_channels {c.latent_channels} must divide the last of {side}_widths, "
                 f"{width}, for the shortcut beside the latents"
             )
-    if c.image_size < 1 or c.image_size % 2 ** (len(c.encoder_widths) - 1):
+    if c.image_size < 1 or c.image_size % c.factor:
         raise UserError(
-            f"image_size {c.image_size} is no multiple of {2 ** (len(c.encoder_widths) - 1)}, "
-            f"what {len(c.encoder_widths)} stages make one cell of"
+            f"image_size {c.image_size} is not a multiple of {c.factor}, the pixels along the side "
+            f"of a cell with {len(c.encoder_widths)} stages"
         )
 
 
 def _check_side(c: Any, side: str) -> None:
-    widths, depths, blocks, norms, activations = (
-        getattr(c, f"{side}_{name}")
-        for name in ("widths", "depths", "blocks", "norms", "activations")
-    )
-    for name in ("depths", "blocks", "norms", "activations"):
-        value = getattr(c, f"{side}_{name}")
-        if isinstance(value, str) or len(value) != len(widths):
-            raise UserError(
-                f"{side}_{name} {value!r} does not have one entry for each of the {len(widths)} "
-                f"stages of {side}_widths {tuple(widths)}"
-            )
-    for kind, values, choices in (
-        ("block", blocks, BLOCKS),
-        ("norm", norms, NORMS),
-        ("activation", activations, ACTIVATIONS),
-    ):
-        for value in values:
-            choose(f"{kind} of {side}_{kind}s", value, choices)
-    if len(widths) < 2 or depths[0] < 0 or min(depths[1:]) < 1:
+    parts = stages(c, side)
+    widths, depths = [part.width for part in parts], [part.depth for part in parts]
+    for kind, choices in (("block", BLOCKS), ("norm", NORMS), ("activation", ACTIVATIONS)):
+        for part in parts:
+            choose(f"{kind} of {side}_{kind}s", getattr(part, kind), choices)
+    if len(parts) < 2 or depths[0] < 0 or min(depths[1:]) < 1:
         raise UserError(
             f"{side}_depths {tuple(depths)} needs two stages or more, and blocks in each but the "
             "first"
         )
-    for width, depth, block in zip(widths, depths, blocks, strict=True):
-        multiple = 4 if BLOCKS[block] is None else HEAD_DIM
-        if depth and (width < 1 or width % multiple):
+    for part in parts:
+        multiple = 4 if BLOCKS[part.block] is None else HEAD_DIM
+        if part.depth and (part.width < 1 or part.width % multiple):
             raise UserError(
-                f"{side}_widths {tuple(widths)}: {width} of a stage of {block!r} blocks is no "
-                f"multiple of {multiple}"
+                f"{side}_widths {tuple(widths)}: {part.width} of a stage of {part.block!r} blocks "
+                f"is not a multiple of {multiple}"
             )
-    first = 0 if depths[0] else 1
     shortcut = c.downsample_shortcut if side == "encoder" else c.upsample_shortcut
-    for narrow, wide in zip(widths[first:], widths[first + 1 :], strict=False):
+    for narrow, wide in itertools.pairwise(widths if depths[0] else widths[1:]):
         if shortcut and (narrow * 4) % wide:
             raise UserError(
                 f"{side}_widths {tuple(widths)}: the shortcut between {narrow} and {wide} channels "

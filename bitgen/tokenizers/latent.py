@@ -1,4 +1,4 @@
-"""What autoencoders with a vector a cell share: continuous latents, or bits by any quantiser."""
+"""The base class of autoencoders with continuous latents, or bits by any quantiser."""
 
 from typing import Any
 
@@ -11,46 +11,43 @@ from bitgen.tokenizers.quantizers import QUANTIZERS, make_quantizer
 
 
 class LatentTokenizer(nn.Module):
-    """Latents, or their bits: the encode, decode and training path of `_latents` and `_pixels`.
+    """Defines encode, decode and the training path from `_latents` and `_pixels`.
 
-    With quantizer "none" codes are latents, float32 [b,h,w,c]. With another, the latents are what
-    it quantises: codes are bool [b,h,w,k], k = c, and the decoder reads the quantiser's values in
-    place of latents. Subclasses have `latents` channels, `_latents(images, train)` and
-    `_pixels(values, train)`, which returns the images and what entered the last convolution.
+    Codes are latents, float32 [b,h,w,c], with quantizer "none". Others quantise the latents to
+    bits, bool [b,h,w,k], k = c, and the decoder reads the quantiser's values instead of latents.
+    Subclasses have `latents`, the number of channels, `_latents(images, train)`, and
+    `_pixels(values, train)`, which returns the images and the input of the last convolution.
     """
 
-    quantizer: str = "none"  # bernoulli | sign | spherical | none: continuous latents
-    group_size: int = 8  # bits whose codes the entropy loss of "sign" spreads together
-    deterministic: bool = False  # "bernoulli" rounds instead of drawing bits in training
+    quantizer: str = "none"  # or bernoulli, sign, spherical
+    group_size: int = 8  # bits of a group in the entropy loss of "sign"
+    deterministic: bool = False  # bits of "bernoulli" are rounded in training too
+
+    image_scale = 1.0  # the last convolution's output to images in [-1, 1]
 
     @property
     def bits(self) -> int:
-        """Bits of a cell; 0 if latents are continuous."""
+        """Bits of a cell, 0 for continuous latents."""
         return 0 if self.quantizer == "none" else self.latents
 
     @property
     def stochastic(self) -> bool:
-        """Whether a generator is trained on drawn bits."""
+        """Whether generators are trained on drawn bits."""
         return self.quantizer == "bernoulli" and not self.deterministic
 
-    @property
-    def image_scale(self) -> float:
-        """What `last_layer`'s output is multiplied by to be images in [-1, 1]."""
-        return 1.0
-
     def encode(self, images: Float[Array, "b H W c"]) -> Array:
-        """Returns the latents of images in [-1, 1], or their bits, nothing drawn."""
+        """Returns the latents of images in [-1, 1], or their bits, without randomness."""
         latents = self._latents(images, False)
         return self._quantizer().bits(latents) if self.bits else latents
 
     def decode(self, codes: Array) -> Float[Array, "b H W c"]:
-        """Returns images in about [-1, 1], not clipped, for what `encode` returns."""
+        """Returns images in about [-1, 1], not clipped, for latents or bits."""
         return self._pixels(self._quantizer().codes(codes) if self.bits else codes, False)[0]
 
     def probs(self, images: Float[Array, "b H W c"]) -> Float[Array, "b h w k"]:
         """Returns the probability of each bit for images in [-1, 1].
 
-        Raises UserError for a quantizer other than bernoulli: its bits have none.
+        Raises UserError for quantizers other than bernoulli, whose bits have no probabilities.
         """
         if self.quantizer != "bernoulli":
             raise UserError(
@@ -62,17 +59,15 @@ class LatentTokenizer(nn.Module):
     def __call__(
         self, images: Float[Array, "b H W c"], *, train: bool
     ) -> tuple[Float[Array, "b H W c"], dict[str, Any]]:
-        """Returns the reconstruction and what the losses need, gradients straight through bits.
+        """Returns the reconstruction, with straight-through gradients, and a dict for the losses.
 
-        The second value holds `losses` (name to scalar), `last_input`, the activation that enters
-        `last_layer`, and, unless latents are continuous, `bits`. Training draws bernoulli bits with
-        the rng named 'bits'.
+        The dict holds `losses` (name to scalar), `last_input`, the input of `last_layer`, and
+        `bits` unless latents are continuous. Training draws bernoulli bits with the rng 'bits'.
         """
         values = self._latents(images, train)
         aux: dict[str, Any] = {"losses": {}}
         if self.bits:
-            drawn = train and self.quantizer == "bernoulli" and not self.deterministic
-            key = self.make_rng("bits") if drawn else None
+            key = self.make_rng("bits") if train and self.stochastic else None
             quantized = self._quantizer()(values, key)
             values = quantized.codes
             aux = {"losses": quantized.losses, "bits": quantized.bits}
@@ -93,7 +88,7 @@ class LatentTokenizer(nn.Module):
         return make_quantizer(self.quantizer, **settings.get(self.quantizer, {}))
 
     def _check_quantizer(self) -> None:
-        """Raises UserError for an unknown quantizer, or groups that the bits do not fill."""
+        """Raises UserError for an unknown quantizer or a group size that does not divide."""
         choose("quantizer", self.quantizer, ["none", *QUANTIZERS])
         size = self.group_size
         if self.quantizer == "sign" and (size < 1 or self.latents % size):

@@ -1,7 +1,7 @@
 """Multi-scale residual quantisation and the schedules of its scales (arXiv 2412.04431, 2404.02905).
 
-At each scale, coarse to fine, what is still to be explained is averaged down to a few cells,
-quantised, interpolated up to the whole grid and subtracted.
+At each scale, coarse to fine, the residual is averaged down to the scale's cells and quantised; the
+codes are interpolated up to the whole grid and subtracted from the residual.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from bitgen.tokenizers.quantizers import Spherical
 Size = tuple[int, int]
 Bits = tuple[Bool[Array, "b hs ws k"], ...]
 
-# Infinity's scales for grids of one shape, coarse to fine, and how many of them make a grid.
+# Infinity's scales for each aspect ratio, coarse to fine, and how many of them make a schedule.
 _DYNAMIC_COUNTS = (7, 10, 13)
 _DYNAMIC = (
     "1x1 2x2 4x4 6x6 8x8 12x12 16x16 20x20 24x24 32x32 40x40 48x48 64x64",
@@ -85,7 +85,7 @@ def _explicit(schedule: Sequence[Sequence[int]], grid: Size) -> tuple[Size, ...]
 
 
 def _named(schedule: str) -> dict[Size, tuple[Size, ...]]:
-    """The grids of a schedule, each with its scales."""
+    """Returns grid -> scales of a schedule."""
     found = {scales[-1]: scales for scales in map(_sizes, _ORIGINAL)}
     if schedule == "dynamic":
         for tall, count in itertools.product(map(_sizes, _DYNAMIC), _DYNAMIC_COUNTS):
@@ -108,12 +108,12 @@ def _words(sizes: Sequence[Size]) -> str:
 
 
 def area_downsample(x: Float[Array, "b h w c"], size: tuple[int, int]) -> Float[Array, "b hs ws c"]:
-    """Returns the mean of the cells that each cell of the new size touches: PyTorch's 'area'."""
+    """Returns the means of the cells that each new cell overlaps, PyTorch's mode 'area'."""
     return _resize(x, size, _area)
 
 
 def linear_upsample(x: Float[Array, "b hs ws c"], size: tuple[int, int]) -> Float[Array, "b h w c"]:
-    """Returns x interpolated linearly between cell centres, PyTorch's align_corners=False."""
+    """Returns x interpolated bilinearly between cell centres, PyTorch's align_corners=False."""
     return _resize(x, size, _linear)
 
 
@@ -121,7 +121,7 @@ def _resize(x: Array, size: Size, matrix: Callable[[int, int], np.ndarray]) -> A
     if x.shape[1:3] == tuple(size):
         return x
     rows, columns = (matrix(n, m) for n, m in zip(x.shape[1:3], size, strict=True))
-    # Full float32 also where products are faster in less: signs depend on the result.
+    # Full float32 on every backend, because signs depend on the result.
     return jnp.einsum("ij,bjwc,kw->bikc", rows, x, columns, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -148,40 +148,40 @@ def _linear(inputs: int, outputs: int) -> np.ndarray:
 
 
 class MultiScaleQuantized(NamedTuple):
-    """What the training path of a multi-scale quantiser gives."""
+    """The output of a multi-scale quantiser in training."""
 
-    codes: Float[Array, "b h w k"]  # float32; gradients pass straight through at every scale
-    bits: Bits  # before flips, and also of scales that were dropped
-    losses: dict[str, Float[Array, ""]]  # entropy and commitment, mean over the scales in use
+    codes: Float[Array, "b h w k"]  # float32, with straight-through gradients at every scale
+    bits: Bits  # before flips, of dropped scales too
+    losses: dict[str, Float[Array, ""]]  # entropy and commitment, means over the kept scales
 
 
 @dataclasses.dataclass(frozen=True)
 class MultiScale:
-    """One quantiser, used at each scale on what the coarser scales left.
+    """One quantiser, applied at each scale to the residual of the coarser scales.
 
-    Dropped scales and flipped bits are for training, and happen only where a key is given.
+    Scales are dropped and bits flipped in training only, where a key is given.
     """
 
     quantizer: Any = dataclasses.field(default_factory=Spherical)
-    decay: bool = False  # the code of scale s counts 1 - s / 10 times, at least 0.1
-    detach_residual: bool = True  # later scales send no gradient through the codes of earlier ones
-    drop_rate: float = 0.0  # chance that a scale is left out of a batch
+    decay: bool = False  # the codes of scale s are weighted by 1 - s / 10, at least 0.1
+    detach_residual: bool = True  # no gradient from later scales through the codes of earlier ones
+    drop_rate: float = 0.0  # probability to drop a scale from a batch
     keep_first: bool = True
     keep_last: bool = False
-    flip_prob: float = 0.0  # chance of each bit to be flipped
-    flip_scales: int = 1  # how many of the first scales have bits flipped
+    flip_prob: float = 0.0  # probability to flip a bit
+    flip_scales: int = 1  # number of the first scales whose bits are flipped
 
     def __post_init__(self):
-        """Raises UserError if a batch might have no scale at all."""
+        """Raises UserError if all scales of a batch could be dropped."""
         if self.drop_rate > 0 and not (self.keep_first or self.keep_last):
             raise UserError("drop_rate above 0 needs keep_first or keep_last")
 
     def bits(self, z: Float[Array, "b h w k"], scales: Sequence[Size]) -> Bits:
-        """Returns the bits of every scale, [b, h_s, w_s, k] each; nothing is random."""
+        """Returns the bits of every scale, [b, h_s, w_s, k] each, without randomness."""
         return self(z, scales).bits
 
     def codes(self, bits: Bits, grid: Size) -> Float[Array, "b h w k"]:
-        """Returns the sum over the scales given, each interpolated up to the grid."""
+        """Returns the sum of the given scales' codes, interpolated up to the grid."""
         return sum(
             linear_upsample(self.quantizer.codes(scale) * self._factor(i), grid)
             for i, scale in enumerate(bits)
@@ -190,7 +190,7 @@ class MultiScale:
     def __call__(
         self, z: Float[Array, "b h w k"], scales: Sequence[Size], key: PRNGKeyArray | None = None
     ) -> MultiScaleQuantized:
-        """Returns codes, bits and losses; scales are dropped and bits flipped only with a `key`."""
+        """Returns codes, bits and losses; drops scales and flips bits with a `key` only."""
         residual = z.astype(jnp.float32)
         grid = (z.shape[1], z.shape[2])
         keep = jnp.ones(len(scales))
@@ -217,7 +217,7 @@ class MultiScale:
         return max(0.1, 1 - 0.1 * scale) if self.decay else 1.0
 
     def _keep(self, key: PRNGKeyArray, count: int) -> Float[Array, " s"]:
-        """1 for each scale in use, 0 for the others: one draw for the whole batch."""
+        """Returns 1 for scales to keep and 0 for scales to drop, the same for a whole batch."""
         keep = jax.random.bernoulli(key, 1 - self.drop_rate, (count,))
         always = [i for i, on in ((0, self.keep_first), (count - 1, self.keep_last)) if on]
         return keep.at[np.array(always, int)].set(True).astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""BitDance: what must hold of it and of its sampler whatever the weights."""
+"""BitDance: its order, its masks, its loss, and what is special to its sampler."""
 
 import importlib.util
 
@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec as P
+from helpers import small
 
 from bitgen import build
 from bitgen.errors import UserError
-from bitgen.generators.bitdance import BitDance, flip, group_causal_mask
+from bitgen.generators.bitdance import BitDance, block_causal_mask, flip
 from bitgen.heads.rectified_flow import flow_times
 from bitgen.nn import attention
-from bitgen.runtime.mesh import make_mesh
 from bitgen.samplers import autoregressive
 from bitgen.samplers.autoregressive import AutoregressivePlan, sample_bits
 from bitgen.samplers.images import image_keys
@@ -34,16 +33,9 @@ PLAN = AutoregressivePlan(guidance=2.0, head_steps=3, segments=2)
 TOGETHER = [1, 4, 16]
 
 
-def random_params(module, seed=0):
-    """Parameters that are nowhere zero, so that labels and times matter."""
-    shapes = build.param_shapes(module)
-    rng = np.random.default_rng(seed)
-
-    def one(leaf):
-        scale = 0.7 / max(leaf.shape[-1], 2) ** 0.5
-        return jnp.asarray(rng.standard_normal(leaf.shape) * scale, jnp.float32)
-
-    return jax.tree.map(one, shapes)
+def random_params(module):
+    """Random parameters, smaller than usual: larger ones saturate the flow."""
+    return jax.tree.map(lambda x: x / 2, small.random_params(module))
 
 
 @pytest.fixture(scope="module")
@@ -97,34 +89,6 @@ def test_a_token_reads_only_what_was_drawn_before_its_group(models, together):
         assert not same[group + 1 :].any(), group
 
 
-@pytest.mark.parametrize("together", TOGETHER)
-def test_an_image_does_not_depend_on_its_batch(models, together):
-    whole = draw(models[together], [0, 1, 2, 3], [0, 1, 2, 3])
-    parts = [draw(models[together], [label], [label]) for label in range(4)]
-    assert len({part.tobytes() for part in parts}) == 4
-    np.testing.assert_array_equal(whole, np.concatenate(parts))
-    assert (whole[0] != draw(models[together], [0], [5])[0]).any()
-
-
-def test_an_image_does_not_depend_on_the_mesh(models):
-    module, params = models[4]
-    labels, keys = jnp.arange(8) % 5, image_keys(7, np.arange(8))
-
-    def on(devices):
-        mesh = make_mesh(devices=jax.devices()[:devices])
-        return jax.jit(
-            jax.shard_map(
-                lambda p, c, k: sample_bits(module, p, c, k, PLAN),
-                mesh=mesh,
-                in_specs=(P(), P("data"), P("data")),
-                out_specs=P("data"),
-                check_vma=False,
-            )
-        )(params, labels, keys)
-
-    np.testing.assert_array_equal(on(1), on(8))
-
-
 def test_the_number_of_segments_changes_nothing(models):
     drawn = [
         draw(models[1], [1, 2], [0, 1], AutoregressivePlan(2.0, head_steps=2, segments=n))
@@ -132,38 +96,6 @@ def test_the_number_of_segments_changes_nothing(models):
     ]
     np.testing.assert_array_equal(drawn[0], drawn[1])
     np.testing.assert_array_equal(drawn[0], drawn[2])
-
-
-def test_guidance_one_is_no_guidance(models):
-    module, params = models[4]
-    conds = jax.random.normal(jax.random.key(0), (2, 3, 4, 32))
-    noise = jax.random.normal(jax.random.key(1), (6, 3, 4, 6))
-
-    def head(uncond, scale):
-        return module.apply(
-            {"params": params},
-            lambda i: noise[i],
-            method=lambda m, noise: m.head.sample_given(conds[0], uncond, noise, 5, scale),
-        )
-
-    alone = head(None, 1.0)
-    np.testing.assert_allclose(head(conds[1], 1.0), alone, rtol=1e-4, atol=1e-4)
-    assert np.abs(head(conds[1], 3.0) - alone).max() > 0.1
-
-
-@pytest.mark.parametrize(("guidance", "rows"), [(1.0, {2}), (2.0, {3, 4})])
-def test_without_guidance_there_is_no_second_half(models, monkeypatch, guidance, rows):
-    seen = []
-    through = autoregressive._through_layers
-
-    def spy(generator, prepared, caches, x, *rest):
-        seen.append(len(x))
-        return through(generator, prepared, caches, x, *rest)
-
-    monkeypatch.setattr(autoregressive, "_through_layers", spy)
-    sample.clear_cache()
-    draw(models[4], [0, 1], [0, 1], AutoregressivePlan(guidance, head_steps=1))
-    assert set(seen) == rows
 
 
 def test_modulations_at_once_or_at_each_step_are_the_same(models, monkeypatch):
@@ -182,22 +114,13 @@ def test_any_number_of_head_steps(models, steps):
     assert draw(models[16], [0], [0], AutoregressivePlan(1.0, head_steps=steps)).dtype == bool
 
 
-def test_settings_that_make_no_sampler(models):
-    with pytest.raises(UserError, match="at least one step, got 0"):
-        draw(models[16], [0], [0], AutoregressivePlan(head_steps=0))
-    with pytest.raises(UserError, match="at least one segment, got 0"):
-        draw(models[16], [0], [0], AutoregressivePlan(segments=0))
-    with pytest.raises(UserError, match="unknown guidance schedule 'cosine'"):
-        draw(models[16], [0], [0], AutoregressivePlan(guidance_schedule="cosine"))
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"together": 8}, "square patches that tile the grid 4 x 4: together=8 does not"),
-        ({"together": 9}, "square patches that tile the grid 4 x 4: together=9 does not"),
-        ({"together": 3, "patch_order": False}, "16 tokens are no multiple of together=3"),
-        ({"cells": 3}, r"grid \(4, 4\) is no multiple of cells 3"),
+        ({"together": 8}, "grid of 4 x 4 tokens: patches of together=8 tokens do not"),
+        ({"together": 9}, "grid of 4 x 4 tokens: patches of together=9 tokens do not"),
+        ({"together": 3, "patch_order": False}, "16 tokens are not a multiple of together=3"),
+        ({"cells": 3}, r"grid \(4, 4\) is not a multiple of cells 3"),
         ({"head_layers": 5, "head_modulations": 2}, "multiple of its modulations, got 5 and 2"),
     ],
 )
@@ -247,8 +170,8 @@ def test_mask_of_groups():
         111111
     """
     expected = np.array([[c == "1" for c in row] for row in expected.split()])
-    np.testing.assert_array_equal(group_causal_mask(6, 2, 2), expected)
-    np.testing.assert_array_equal(group_causal_mask(5, 2, 1), np.tri(5, dtype=bool))
+    np.testing.assert_array_equal(block_causal_mask(6, 2, 2), expected)
+    np.testing.assert_array_equal(block_causal_mask(5, 2, 1), np.tri(5, dtype=bool))
 
 
 @pytest.mark.parametrize("together", [1, 4])
@@ -282,7 +205,7 @@ def test_gradients_are_finite_at_the_length_of_training(monkeypatch, together, i
 @pytest.mark.parametrize("together", [0, 1, 4])
 def test_padding_the_length_changes_nothing(monkeypatch, together):
     """Without a mask, causal, and by groups."""
-    mask = group_causal_mask(21, 5 if together == 4 else 0, together) if together else None
+    mask = block_causal_mask(21, 5 if together == 4 else 0, together) if together else None
     q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 21, 2, 8))
 
     def value(q, k, v):
@@ -315,22 +238,6 @@ def test_attention_that_is_not_here_is_one_clear_error(implementation, message):
     x = jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
     with pytest.raises(UserError, match=message):
         attention.attend(x, x, x, None, implementation)
-
-
-def test_remat_changes_no_gradient(models):
-    module, params = models[4]
-    bits = jax.random.bernoulli(jax.random.key(1), 0.5, (2, 4, 4, 6))
-
-    def gradient(module):
-        def loss(params):
-            rngs = {"loss": jax.random.key(2)}
-            labels = jnp.array([1, 2])
-            return module.apply({"params": params}, bits, labels, rngs=rngs, method="loss")[0]
-
-        return jax.jit(jax.grad(loss))(params)
-
-    plain, saving = gradient(module), gradient(module.clone(remat=True))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), plain, saving)
 
 
 def test_flips_are_half_the_rate_and_leave_the_targets_alone(models):

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from helpers.synthetic import load_golden, synthetic_state_dict, synthetic_tensor
+from helpers.synthetic import synthetic_tensor
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from bitgen.convert import patchgan
+from bitgen.convert.rules import import_tensors
 from bitgen.errors import UserError
 from bitgen.losses import augment
 from bitgen.losses.adversarial import (
@@ -54,38 +56,6 @@ def torch_discriminator(width: int, layers: int) -> torch.nn.Sequential:
     return torch.nn.Sequential(*modules, torch.nn.Conv2d(before, 1, 4, 1, 1))
 
 
-def discriminator_variables(state: dict, layers: int, prefix: str = "main.") -> dict:
-    variables = {"params": {}, "batch_stats": {}}
-    for index, name, kind in discriminator_layout(layers):
-        get = {key: np.asarray(state.pop(f"{prefix}{index}.{key}")) for key in TENSORS[kind]}
-        if kind == "batch_norm":
-            variables["params"][name] = {"scale": get["weight"], "bias": get["bias"]}
-            running = {"mean": get["running_mean"], "var": get["running_var"]}
-            variables["batch_stats"][name] = running
-        else:
-            variables["params"][name] = {"kernel": get["weight"].transpose(2, 3, 1, 0)}
-            if kind == "conv":
-                variables["params"][name]["bias"] = get["bias"]
-    assert all(name.endswith("num_batches_tracked") for name in state), state.keys()
-    return variables
-
-
-TENSORS = {
-    "conv": ("weight", "bias"),
-    "conv_no_bias": ("weight",),
-    "batch_norm": ("weight", "bias", "running_mean", "running_var"),
-}
-
-
-def test_discriminator_golden():
-    spec, arrays = load_golden("patch_discriminator")
-    layers = spec["hparams"]["n_layers"]
-    model = PatchDiscriminator(spec["hparams"]["ndf"], layers, pixel_range=(-1, 1))
-    variables = discriminator_variables(synthetic_state_dict(spec), layers)
-    logits = model.apply(variables, nhwc(arrays["image"]))
-    close(logits, nhwc(arrays["logits_eval"]), rtol=2e-4, atol=2e-4)
-
-
 def test_discriminator_tree_is_the_layout():
     shapes = jax.eval_shape(
         PatchDiscriminator().init,
@@ -103,14 +73,17 @@ def test_discriminator_tree_is_the_layout():
 
 def training_case(batch=8):
     """Our variables and PyTorch's network with the same weights, and images in [-1, 1]."""
-    network = torch_discriminator(8, 2)
-    state = {
-        name: synthetic_tensor(name, tensor.shape) for name, tensor in network.state_dict().items()
+    network, model = torch_discriminator(8, 2), PatchDiscriminator(8, 2)
+    tensors = {
+        name: torch.from_numpy(synthetic_tensor(name, x.shape, str(x.numpy().dtype)).copy())
+        for name, x in network.state_dict().items()
     }
-    state = {name: value for name, value in state.items() if "tracked" not in name}
-    network.load_state_dict({n: torch.from_numpy(v) for n, v in state.items()}, strict=False)
-    variables = discriminator_variables(dict(state), 2, prefix="")
-    return PatchDiscriminator(8, 2), variables, network.train(), images_like((batch, 16, 20, 3))
+    network.load_state_dict(tensors)
+    state = {f"main.{name}": x.numpy() for name, x in tensors.items()}
+    images = images_like((batch, 16, 20, 3))
+    target = jax.eval_shape(model.init, jax.random.key(0), images)
+    variables, _ = import_tensors(patchgan.table({"width": 8, "layers": 2}, ""), state, target)
+    return model, variables, network.train(), images
 
 
 def test_training_mode_is_torchs():

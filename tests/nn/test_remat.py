@@ -1,4 +1,4 @@
-"""What layers keep for their gradients, and dropout."""
+"""What layers save for their gradients, and dropout."""
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +8,19 @@ from helpers import small
 
 from bitgen.generators.bigr import BiGR
 from bitgen.generators.bitdance import BitDance
-from bitgen.nn.dropout import Dropout
+from bitgen.nn.remat import Dropout
 
 SIZES = {"width": 32, "layers": 3, "heads": 2, "bits": 6, "grid": (4, 4), "num_classes": 4}
 MODULES = {
     "bigr": BiGR(**SIZES, denoiser_width=16, denoiser_layers=2, mlp_multiple=16, dropout=0.5),
     "bitdance": BitDance(
-        **SIZES, head_width=16, head_layers=2, mlp_multiple=16, class_tokens=2, dropout=0.5
+        **SIZES,
+        head_width=16,
+        head_layers=2,
+        mlp_multiple=16,
+        class_tokens=2,
+        together=4,
+        dropout=0.5,
     ),
 }
 HOW = {

@@ -1,6 +1,5 @@
 """DC-AE and the convolutional baseline: latents, bits, batch norms, attention, other layouts."""
 
-import functools
 import warnings
 
 import jax
@@ -9,7 +8,11 @@ import numpy as np
 import pytest
 import torch
 from flax.traverse_util import flatten_dict
+from helpers import tokenizers
 from helpers.synthetic import load_golden, synthetic_state_dict, synthetic_tensor
+from helpers.tokenizers import CONV_AE, apply, random_params
+from helpers.tokenizers import DCAE as SMALL
+from helpers.tokenizers import DCAE_OTHER as OTHER
 
 from bitgen import build
 from bitgen.convert import dcae
@@ -25,110 +28,18 @@ from bitgen.tokenizers import dcae_blocks
 from bitgen.tokenizers.conv_ae import ConvAutoencoder
 from bitgen.tokenizers.dcae import DCAE
 
-SMALL = {
-    "image_size": 8,
-    "latent_channels": 8,
-    "encoder_widths": (32, 32, 32),
-    "encoder_depths": (0, 2, 1),
-    "encoder_blocks": ("res", "res", "attention"),
-    "encoder_norms": ("rms",) * 3,
-    "encoder_activations": ("silu",) * 3,
-    "decoder_widths": (32, 32, 32),
-    "decoder_depths": (0, 2, 1),
-    "decoder_blocks": ("res", "res", "attention"),
-    "decoder_norms": ("batch", "batch", "rms"),
-    "decoder_activations": ("relu", "relu", "silu"),
-}
-OTHER = {  # every word that SMALL has not
-    **SMALL,
-    "encoder_depths": (1, 1, 1),
-    "encoder_blocks": ("res", "attention", "attention_5"),
-    "encoder_activations": ("hard_swish", "gelu", "relu6"),
-    "decoder_depths": (1, 1, 2),
-    "decoder_norms": ("rms", "rms", "batch"),
-    "decoder_blocks": ("res", "attention_5", "attention"),
-    "downsample": "conv",
-    "upsample": "interpolate",
-}
 LAYOUTS = ("efficientvit", "diffusers")
-
-
-def random_params(module, seed=0):
-    """Parameters with norms, biases and running statistics that are not 0 and 1."""
-    rng = np.random.default_rng(seed)
-
-    def one(path, leaf):
-        noise = rng.standard_normal(leaf.shape).astype(np.float32)
-        name = path[-1].key
-        if name in ("kernel", "qkv"):
-            start = -4 if leaf.ndim > 3 else -2
-            return noise / np.float32(np.sqrt(np.prod(leaf.shape[start:-1])))
-        noise *= np.float32(0.1)
-        return 1 + np.abs(noise) if name == "var" else noise + (name == "scale")
-
-    return jax.tree_util.tree_map_with_path(one, build.param_shapes(module))
-
-
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("method", "train", "moved"))
-def _apply(module, params, x, key=None, *, method=None, train=None, moved=False):
-    options = {} if train is None else {"train": train}
-    options |= {"rngs": {"bits": key}} if key is not None else {}
-    options |= {"mutable": ["moved"]} if moved else {}
-    return module.apply({"params": params}, x, method=method, **options)
-
-
-def pictures(module, seed=1, n=2):
-    shape = (n, module.image_size, module.image_size, module.channels)
-    return jax.random.uniform(jax.random.key(seed), shape, minval=-1, maxval=1)
 
 
 @pytest.fixture(scope="module")
 def small():
-    module = DCAE(**SMALL)
-    return module, random_params(module), pictures(module)
-
-
-def last_conv(module, params, aux):
-    """What the last convolution makes of what entered it."""
-    layer = params
-    for name in module.last_layer:
-        layer = layer[name]
-    layout = ("NHWC", "HWIO", "NHWC")
-    y = jax.lax.conv_general_dilated(
-        aux["last_input"], layer["kernel"], (1, 1), "SAME", dimension_numbers=layout
-    )
-    return y + layer["bias"].reshape(1, 1, 1, -1)
-
-
-@pytest.mark.parametrize(
-    "module",
-    [
-        DCAE(**SMALL),
-        DCAE(**OTHER),
-        DCAE(**{**OTHER, "encoder_depths": (0, 1, 1), "decoder_depths": (0, 1, 1)}),
-    ],
-    ids=["small", "other", "without a first stage"],
-)
-def test_continuous_latents(module):
-    params, images = random_params(module), pictures(module)
-    latents = _apply(module, params, images, method="encode")
-    assert latents.shape == (2, *module.grid, 8) == (2, 2, 2, 8)
-    assert latents.dtype == jnp.float32
-    decoded = _apply(module, params, latents, method="decode")
-    assert decoded.shape == images.shape
-    recon, aux = _apply(module, params, images, train=False)
-    np.testing.assert_allclose(recon, decoded, atol=1e-5)
-    assert aux.keys() == {"losses", "last_input"}
-    assert aux["losses"] == {}
-    assert module.bits == 0
-    pixels = pixel_shuffle(last_conv(module, params, aux), module.last_shuffle)
-    np.testing.assert_allclose(recon, module.image_scale * pixels, atol=1e-4)
+    return tokenizers.case("dcae", SMALL)
 
 
 def test_last_layer_gradients_through_a_shuffle(small):
     module, params, images = small
     weights = jax.random.normal(jax.random.key(5), images.shape)
-    recon, aux = _apply(module, params, images, train=False)
+    recon, aux = apply(module, params, images, train=False)
     kernel = params["decoder"]["conv_out"]["kernel"]
     gradients = last_layer_gradients(
         [lambda y: (jnp.sum(weights * pixel_shuffle(y, module.last_shuffle) ** 2), {})],
@@ -152,73 +63,26 @@ def test_last_layer_gradients_through_a_shuffle(small):
 @pytest.mark.parametrize("quantizer", ["bernoulli", "sign", "spherical"])
 @pytest.mark.parametrize("family", ["dcae", "conv_ae"])
 def test_bits(small, family, quantizer):
-    if family == "dcae":
-        module, params, images = small
-    else:
-        module = ConvAutoencoder(image_size=8, widths=(4, 6), kernel=3, code=16)
-        params, images = random_params(module), pictures(module)
-    latents = _apply(module, params, images, method="encode")
+    module, params, images = small if family == "dcae" else tokenizers.case(family, CONV_AE)
+    latents = apply(module, params, images, method="encode")
     module = module.clone(quantizer=quantizer)
-    bits = _apply(module, params, images, method="encode")
-    assert bits.dtype == bool
-    assert bits.shape == latents.shape == (2, *module.grid, module.bits)
+    bits = apply(module, params, images, method="encode")
     np.testing.assert_array_equal(bits, latents > 0)
-    recon, aux = _apply(module, params, images, train=False)
-    np.testing.assert_array_equal(aux["bits"], bits)
-    decoded = _apply(module, params, bits, method="decode")
-    np.testing.assert_allclose(recon, decoded, atol=1e-5)
+    _, aux = apply(module, params, images, train=False)
+    decoded = apply(module, params, bits, method="decode")
     codes = {"bernoulli": bits, "sign": 2.0 * bits - 1, "spherical": 2.0 * bits - 1}[quantizer]
     codes = codes / (module.bits**0.5 if quantizer == "spherical" else 1)
-    same = _apply(module.clone(quantizer="none"), params, codes, method="decode")
+    same = apply(module.clone(quantizer="none"), params, codes, method="decode")
     np.testing.assert_allclose(decoded, same, atol=1e-5)
     names = {"code"} if quantizer == "bernoulli" else {"entropy", "commitment"}
     assert aux["losses"].keys() == names
     assert all(np.isfinite(x) for x in aux["losses"].values())
 
 
-@pytest.mark.parametrize("quantizer", ["bernoulli", "sign"])
-def test_gradient_is_straight_through(quantizer):
-    module = ConvAutoencoder(image_size=8, widths=(4, 6), kernel=3, code=16)
-    params, images = random_params(module), pictures(module)
-    continuous, module = module, module.clone(quantizer=quantizer, deterministic=True)
-    weights = jax.random.normal(jax.random.key(3), images.shape)
-
-    def loss(p):
-        return jnp.sum(module.apply({"params": p}, images, train=False)[0] * weights)
-
-    def latents(p):
-        z = continuous.apply({"params": p}, images, method="encode")
-        return jax.nn.sigmoid(z) if quantizer == "bernoulli" else z
-
-    bits = _apply(module, params, images, method="encode")
-    codes = bits * (1.0 if quantizer == "bernoulli" else 2.0) - (quantizer == "sign")
-
-    def decode(p, codes):
-        return jnp.sum(continuous.apply({"params": p}, codes, method="decode") * weights)
-
-    # By hand: the gradient that reaches the codes goes on to the encoder as it is.
-    to_decoder, to_codes = jax.jit(jax.grad(decode, (0, 1)))(params, codes)
-    to_encoder = jax.jit(lambda p, c: jax.vjp(latents, p)[1](c)[0])(params, to_codes)
-    expected = flatten_dict(jax.tree.map(jnp.add, to_decoder, to_encoder))
-    for path, leaf in flatten_dict(jax.jit(jax.grad(loss))(params)).items():
-        np.testing.assert_allclose(leaf, expected[path], rtol=2e-3, atol=2e-3, err_msg=str(path))
-
-
-def test_bernoulli_bits_are_drawn_with_their_probabilities(small):
+def test_only_bernoulli_bits_have_probabilities(small):
     module, params, images = small
-    module = module.clone(quantizer="bernoulli")
-    probs = _apply(module, params, images, method="probs")
-
-    @jax.jit
-    @jax.vmap
-    def draw(key):
-        return _apply(module, params, images, key, train=True)[1]["bits"]
-
-    # The encoder has no batch norms, so that training sees the same probabilities.
-    drawn = draw(jax.random.split(jax.random.key(2), 400)).mean(0)
-    assert np.abs(drawn - probs).max() < 5 * 0.5 / np.sqrt(400)
     with pytest.raises(UserError, match="quantizer 'sign' has no bit probabilities"):
-        _apply(module.clone(quantizer="sign"), params, images, method="probs")
+        apply(module.clone(quantizer="sign"), params, images, method="probs")
 
 
 # Blocks
@@ -248,28 +112,13 @@ def test_batch_norm_moves_as_in_pytorch():
 def test_moved_statistics_have_the_paths_of_parameters(small, remat):
     module, params, images = small
     module = module.clone(remat=remat)
-    _, moved = _apply(module, params, images, train=True, moved=True)
+    _, moved = apply(module, params, images, train=True, mutable=("moved",))
     moved, leaves = flatten_dict(moved["moved"]), flatten_dict(params)
     assert moved.keys() == {path for path in leaves if path[-1] in ("mean", "var")}
     assert len(moved) == 2  # the scanned stage of the decoder
     for path, value in moved.items():
         assert value.shape == leaves[path].shape
         assert (np.abs(value - leaves[path]).max(-1) > 1e-4).all()
-
-
-def test_remat_changes_no_gradient(small):
-    module, params, images = small
-
-    def gradient(module):
-        def loss(p):
-            return jnp.mean(module.apply({"params": p}, images, train=True)[0] ** 2)
-
-        return jax.jit(jax.grad(loss))(params)
-
-    again = flatten_dict(gradient(module.clone(remat=True)))
-    for path, leaf in flatten_dict(gradient(module)).items():
-        np.testing.assert_allclose(leaf, again[path], rtol=1e-4, atol=1e-5, err_msg=str(path))
-        assert np.abs(leaf).max() > 0 or path[-1] in ("mean", "var"), path
 
 
 def test_quadratic_and_linear_attention_agree(monkeypatch):
@@ -300,14 +149,7 @@ def test_shuffles_have_the_channels_of_pytorch():
     np.testing.assert_array_equal(repeat_channels(x, 6, 2), up.permute(0, 2, 3, 1))
 
 
-def test_bfloat16_stays_close_and_keeps_float32_outside():
-    module = DCAE(**{**SMALL, "image_size": 32})  # 64 tokens: sums
-    params, images = random_params(module), pictures(module)
-    whole, _ = _apply(module, params, images, train=False)
-    half, aux = _apply(module.clone(dtype=jnp.bfloat16), params, images, train=False)
-    assert half.dtype == jnp.float32
-    assert aux["last_input"].dtype == jnp.bfloat16
-    assert 0 < np.abs(whole - half).max() < 0.1 * np.abs(whole).max()
+def test_bfloat16_attention_sums_in_float32():
     text = str(
         jax.make_jaxpr(dcae_blocks.relu_attention)(*[jnp.zeros((1, 64, 1, 32), jnp.bfloat16)] * 3)
     )
@@ -318,47 +160,6 @@ def test_bfloat16_stays_close_and_keeps_float32_outside():
 # Settings
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"encoder_depths": (0, 4)}, r"encoder_depths \(0, 4\) does not have one entry for each"),
-        ({"decoder_norms": ("rms",)}, r"decoder_norms \('rms',\) does not have one entry"),
-        ({"decoder_blocks": "res"}, "decoder_blocks 'res' does not have one entry"),
-        ({"encoder_depths": (1, 0, 1)}, "blocks in each but the first"),
-        ({"encoder_widths": (32, 32, 48)}, "48 of a stage of 'attention' blocks is no multiple"),
-        ({"encoder_widths": (32, 96, 256)}, "between 96 and 256 channels needs a divisor of 384"),
-        ({"latent_channels": 7}, "latent_channels 7 must divide the last of encoder_widths, 32"),
-        ({"image_size": 10}, "image_size 10 is no multiple of 4"),
-        ({"encoder_blocks": ("res", "conv", "res")}, "unknown block of encoder_blocks 'conv'"),
-        ({"decoder_norms": ("rms", "rms", "bn2d")}, "unknown norm of decoder_norms 'bn2d'"),
-        ({"downsample": "stride"}, "unknown downsample 'stride'"),
-        ({"quantizer": "vq"}, r"unknown quantizer 'vq', have \['bernoulli', 'none'"),
-        ({"quantizer": "sign", "group_size": 3}, "8 bits do not split into groups of group_size 3"),
-        (
-            {n: SMALL[n][1:] for n in SMALL if n.startswith("decoder")},
-            "encoder_widths has 3 stages and decoder_widths 2",
-        ),
-    ],
-)
-def test_settings_that_make_no_model_are_named(fields, message):
-    module = build.make_module("tokenizer", "dcae", {**SMALL, **fields})
-    with pytest.raises(UserError, match=message) as error:
-        build.param_shapes(module)
-    assert "\n" not in str(error.value)
-
-
-def test_images_that_do_not_divide_are_named(small):
-    module, params, images = small
-    with pytest.raises(UserError, match="7x8 pixels do not divide into cells of 4x4"):
-        _apply(module, params, images[:, :7], method="encode")
-    module = ConvAutoencoder(image_size=8, widths=(4,), kernel=4)
-    with pytest.raises(UserError, match="conv_ae needs an odd kernel"):
-        build.param_shapes(module)
-    module = ConvAutoencoder(image_size=8, widths=(4,), kernel=3, code=16)
-    with pytest.raises(UserError, match="image_size 8 got images of 7x8"):
-        module.apply({"params": random_params(module)}, images[:, :7], method="encode")
-
-
 def test_conv_ae_has_the_sizes_of_the_baseline():
     module = ConvAutoencoder()
     sizes = jax.tree.map(lambda x: x.size, build.param_shapes(module))
@@ -366,12 +167,6 @@ def test_conv_ae_has_the_sizes_of_the_baseline():
     assert sizes["linear_in"] == {"kernel": linear, "bias": 128}
     assert sizes["linear_out"] == {"kernel": linear, "bias": 20 * 20 * 48}
     assert sum(jax.tree.leaves(sizes)) == 5_053_491
-    small = ConvAutoencoder(image_size=8, widths=(4, 6), kernel=3, code=16)
-    params, images = random_params(small), pictures(small)
-    recon, aux = _apply(small, params, images, train=True)
-    assert recon.shape == images.shape
-    assert small.grid == (1, 1)
-    np.testing.assert_allclose(recon, last_conv(small, params, aux), atol=1e-5)
 
 
 def test_a_mirrored_layer_is_a_transposed_convolution():
@@ -385,7 +180,7 @@ def test_a_mirrored_layer_is_a_transposed_convolution():
     theirs = torch.nn.functional.conv_transpose2d(
         hidden, torch.from_numpy(kernel), torch.from_numpy(params["conv_out"]["bias"].copy())
     )
-    ours = _apply(module, params, z, method="decode")
+    ours = apply(module, params, z, method="decode")
     np.testing.assert_allclose(ours, theirs.permute(0, 2, 3, 1), atol=1e-5)
 
 

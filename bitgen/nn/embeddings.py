@@ -1,8 +1,23 @@
-"""Rotary position embeddings on a 2-D grid (Su et al. 2021; LlamaGen's grid form)."""
+"""Sinusoidal embeddings of times and rotary embeddings of positions."""
+
+import math
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+
+
+def sinusoids(t: Float[Array, "*b"] | Int[Array, "*b"], size: int) -> Float[Array, "*b size"]:
+    """Returns the cosines and sines of t at size / 2 frequencies from 1 down to 1 / 10,000.
+
+    Follows Vaswani et al. 2017.
+    """
+    exponents = -math.log(10_000) * np.arange(size // 2, dtype=np.float32) / (size // 2)
+    # Rounded once, as PyTorch rounds: a last digit here is an angle of 1e-4 at t = 1000.
+    frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
+    frequencies = frequencies.reshape((1,) * t.ndim + (-1,))
+    angles = t.astype(jnp.float32)[..., None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 def grid_rotations(
@@ -14,8 +29,9 @@ def grid_rotations(
     offset: float = 0.0,
     columns_first: bool = False,
 ) -> Float[np.ndarray, "n head_dim/2 2"]:
-    """Returns (cos, sin) of each cell's angles: half of the pairs turn with the row, half with
-    the column; the first row and column are at `offset`.
+    """Returns (cos, sin) of the rotary angles of each cell of a grid (Su et al. 2021; LlamaGen).
+
+    Half of the channel pairs turn with the row, half with the column; both start at `offset`.
     """
     half = head_dim // 2
     frequencies = 1.0 / base ** (np.arange(0, half, 2, dtype=np.float32)[: half // 2] / half)
@@ -30,7 +46,7 @@ def grid_rotations(
 def rotate(
     x: Float[Array, "b n heads head_dim"], rotations: Float[Array, "n head_dim/2 2"]
 ) -> Float[Array, "b n heads head_dim"]:
-    """Returns x with each pair of neighbouring channels turned by its token's angle."""
+    """Returns x with each pair of neighbouring channels rotated by its token's angle."""
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
     cos, sin = rotations[None, :, None, :, 0], rotations[None, :, None, :, 1]
     first, second = pairs[..., 0], pairs[..., 1]
