@@ -1,4 +1,4 @@
-"""From a config or a model.json to modules: explicit dicts, one clear error for a wrong name."""
+"""Modules from a config or a model.json, by the name of their family."""
 
 import dataclasses
 from typing import Any
@@ -28,7 +28,7 @@ GENERATORS: dict[str, type[nn.Module]] = {"bigr": BiGR, "bitdance": BitDance}
 FAMILIES = {"tokenizer": TOKENIZERS, "generator": GENERATORS}
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-# Fields that say how to run a model, not what it is: they stay out of model.json.
+# Fields that change how a model runs and not what it computes; model.json does not have them.
 RUN_FIELDS = ("dtype", "remat", "attention", "unroll")
 
 
@@ -42,7 +42,10 @@ def fields_of(kind: str, family: str) -> dict[str, Any]:
 
 
 def model_config(kind: str, family: str, **fields: Any) -> ConfigDict:
-    """Returns `config.model` for a family: every field, with the given ones changed."""
+    """Returns `config.model` for a family: all fields, and the given ones changed.
+
+    Raises UserError for an unknown family or field.
+    """
     defaults = fields_of(kind, family)
     for name in fields:
         choose(f"field of {family}", name, defaults)
@@ -50,7 +53,10 @@ def model_config(kind: str, family: str, **fields: Any) -> ConfigDict:
 
 
 def make_module(kind: str, family: str, fields: dict[str, Any]) -> Any:
-    """Returns the module of a family with these fields, lists turned into tuples."""
+    """Returns the module of a family with these fields; lists become tuples.
+
+    Raises UserError for an unknown family, field or dtype, and for a width that does not fit heads.
+    """
     defaults = fields_of(kind, family)
     values = {}
     for name, value in fields.items():
@@ -68,7 +74,7 @@ def make_module(kind: str, family: str, fields: dict[str, Any]) -> Any:
 
 
 def module_from_config(kind: str, config: Any) -> tuple[Any, dict[str, Any]]:
-    """Returns the module that `config.model` describes, and the description for model.json."""
+    """Returns the module of `config.model`, and its description for model.json."""
     fields = config.to_dict()
     family = fields.pop("family")
     hparams = {name: value for name, value in fields.items() if name not in RUN_FIELDS}
@@ -96,12 +102,16 @@ def param_shapes(module: Any) -> Any:
 
 
 def shape_faults(there: Any, here: Any) -> list[str]:
-    """Returns a line for each leaf whose shape differs or that only one of two trees has."""
-    shapes = [
-        {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
-         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    """Returns one line for each leaf whose shape differs between two trees or that one lacks."""
+    one, other = (
+        {
+            jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
         for tree in (there, here)
-    ]  # fmt: skip
-    names = sorted(shapes[0].keys() | shapes[1].keys())
-    pairs = [(name, *(s.get(name, "missing") for s in shapes)) for name in names]
-    return [f"{name} is {a} there, {b} here" for name, a, b in pairs if a != b]
+    )
+    return [
+        f"{name} is {one.get(name, 'missing')} there, {other.get(name, 'missing')} here"
+        for name in sorted(one | other)
+        if one.get(name) != other.get(name)
+    ]

@@ -9,6 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from bitgen import build, data
+from bitgen.hub import zoo
 from bitgen.samplers.images import default_plan
 
 TRAIN = {
@@ -193,10 +194,96 @@ def generator(family: str, **fields: Any) -> Any:
     return config
 
 
-def train_on_folder(config: Any) -> None:
-    """Sets a folder of images as a tokenizer's data, and the intervals of a long training."""
-    config.data.source = "folder"
-    config.data.image_size = config.model.image_size
-    config.data.holdout = 0.0
+# ---- What several files of configs/ share ----
+
+# The ImageNet classes that the sampling scripts of DiT, BiGR and BitDance draw.
+SHOWN_CLASSES = "207,360,387,974,88,979,417,279"
+# Guidance of the BitDance authors' evaluation, by size.
+BITDANCE_GUIDANCE = {"B_1x": 3.2, "B_4x": 3.9, "B_16x": 6.1, "L_1x": 4.0, "H_1x": 4.55}
+
+# Generator family -> its authors' weight decay, and the paths they leave out beside the usual ones.
+_DECAY = {
+    "bigr": (2e-2, ("^denoiser/",)),
+    "bitdance": (0.05, ("^bits_in/", "class_embedding", "query_tokens")),
+}
+
+
+def released(name: str) -> Any:
+    """Returns the settings for using a generator of the zoo with its tokenizer."""
+    entry = zoo.get(name)
+    config = base(entry.family)
+    config.generator = f"zoo:{name}"
+    config.tokenizer = f"zoo:{entry.tokenizer}"
+    return config
+
+
+def imagenet_tokenizer(family: str, **fields: Any) -> Any:
+    """Returns the settings for a long training of a tokenizer on a folder of images."""
+    config = tokenizer(family, **fields)
+    _imagenet(config, config.model.image_size)
     config.train.log_every = 200
+    return config
+
+
+def imagenet_generator(name: str, **fields: Any) -> Any:
+    """Returns the settings for training a generator of the zoo on a folder of images.
+
+    Sizes, tokenizer and optimiser are its authors', and the computation is in bfloat16.
+    """
+    entry = zoo.get(name)
+    config = generator(entry.family, **entry.hparams, **fields, dtype="bfloat16")
+    config.tokenizer = f"zoo:{entry.tokenizer}"
+    _imagenet(config, entry.pixels)
+    _authors_adamw(config)
+    config.sample.labels = SHOWN_CLASSES
+    return config
+
+
+def small_tokenizer(family: str, **fields: Any) -> Any:
+    """Returns the settings for a tokenizer of small images, without LPIPS and GAN."""
+    config = tokenizer(family, **fields)
+    config.data.flip = False
+    config.optim.schedule = "cosine"
+    config.loss.perceptual_weight = 0.0
+    config.loss.gan_weight = 0.0
+    return config
+
+
+def digits_generator(family: str, **fields: Any) -> Any:
+    """Returns the settings for a small generator on the bits that launch/quickstart.sh writes."""
+    sizes = {"width": 96, "layers": 4, "heads": 4, "mlp_multiple": 64}
+    config = generator(family, bits=24, grid=(4, 4), num_classes=10, **sizes, **fields)
+    config.tokenizer = "runs/digits/tokenizer/model"
+    config.data.source = "bits"
+    config.data.path = "runs/digits/bits"
+    config.data.flip = False
+    config.train.batch_size = 32
+    config.train.steps = 3000
+    config.train.preview_every = 1000
+    config.train.preview_images = 40
+    config.train.checkpoint_every = 1000
+    _authors_adamw(config)
+    config.optim.lr = 2e-3
+    config.optim.warmup = 50
+    config.optim.schedule = "cosine"
+    config.optim.ema = 0.99
+    config.sampler.guidance = 2.0
+    config.sample.per_label = 10
+    return config
+
+
+def _imagenet(config: Any, image_size: int) -> None:
+    """Sets the data of a long run: a folder of images, all of them for training."""
+    config.data.source = "folder"
+    config.data.image_size = image_size
+    config.data.holdout = 0.0
     config.train.checkpoint_every = 10_000
+
+
+def _authors_adamw(config: Any) -> None:
+    """Sets AdamW as the authors of a generator family do, but for the learning rate."""
+    weight_decay, more = _DECAY[config.model.family]
+    config.optim.b2 = 0.95
+    config.optim.weight_decay = weight_decay
+    config.optim.no_decay += more
+    config.optim.clip = 1.0

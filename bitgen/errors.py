@@ -1,4 +1,4 @@
-"""The one error that a user sees as a single line, without a traceback."""
+"""The error that a user sees as a single line, without a traceback."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from typing import Any
 class UserError(Exception):
     """Bad input: the message says what was wrong and what to do, in one line."""
 
-    status = 2  # with which the program ends
+    status = 2  # exit status of the program
 
 
 def first_line(error: BaseException) -> str:
@@ -16,7 +16,10 @@ def first_line(error: BaseException) -> str:
 
 
 def choose(kind: str, name: str, choices: Any) -> Any:
-    """Returns `choices[name]` of a dict; raises UserError with the choices if it is none."""
+    """Returns `choices[name]` of a mapping, or the name itself if choices is another collection.
+
+    Raises UserError with all choices if the name is not one of them.
+    """
     if name not in choices:
         raise UserError(f"unknown {kind} {name!r}, have {sorted(choices)}")
     return choices[name] if isinstance(choices, Mapping) else name

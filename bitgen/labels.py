@@ -16,10 +16,10 @@ from bitgen.errors import UserError
 def parse_labels(
     text: str, num_classes: int, class_names: Sequence[str] = ()
 ) -> Int[np.ndarray, " n"]:
-    """Returns the labels of '3', '0-9', '207,360-362', 'goldfish,otter' or 'all', in that order.
+    """Returns the labels in '3', '0-9', '207,360-362', 'goldfish,otter' or 'all', in that order.
 
-    A name of several words for one class ('tench, Tinca tinca') is found by any of them. Raises
-    UserError for a label out of range and a name that no class or more than one has.
+    A class with several names ('tench, Tinca tinca') is found by any of them. Raises UserError for
+    a label out of range and for a name that belongs to no class or to several.
     """
     if text == "all":
         return np.arange(num_classes)
@@ -43,7 +43,7 @@ def parse_labels(
 
 
 def class_names_of(info: Mapping[str, Any]) -> list[str]:
-    """Returns the class names of a generator's model.json: its own, ImageNet's if it has 1,000."""
+    """Returns the class names in a generator's model.json; if it has none, ImageNet's for 1,000."""
     if names := info.get("class_names"):
         return list(names)
     return imagenet_names() if info["hparams"].get("num_classes") == 1000 else []
@@ -57,6 +57,7 @@ def imagenet_names() -> list[str]:
 
 @functools.lru_cache(maxsize=4)
 def _by_word(class_names: tuple[str, ...]) -> dict[str, list[int]]:
+    """Returns the labels of every name, in lower case."""
     index = collections.defaultdict(list)
     for label, name in enumerate(class_names):
         for word in {name.lower(), *(word.strip().lower() for word in name.split(","))}:
@@ -65,6 +66,7 @@ def _by_word(class_names: tuple[str, ...]) -> dict[str, list[int]]:
 
 
 def _unknown(part: str, found: Sequence[int], index: Mapping[str, list[int]]) -> str:
+    """Returns the error for a name of no class, or of several (`found`)."""
     if found:
         return f"{part!r} names classes {', '.join(map(str, found))}: write the number"
     near = difflib.get_close_matches(part.lower(), index, n=3)

@@ -1,7 +1,7 @@
 """python -m bitgen.main --config=FILE --workdir=DIR [--mode=MODE] [--config.KEY=VALUE ...].
 
-FILE is one of configs/, maybe with a size behind a colon (configs/bigr.py:XL), or your own. Every
-setting of it can be changed: bitgen/config.py lists and explains them.
+FILE is one of configs/ or your own; a size may follow after a colon (configs/bigr.py:XL). Every
+setting can be changed: bitgen/config.py lists and explains them.
 """
 
 import errno
@@ -22,18 +22,18 @@ from bitgen.errors import UserError, choose
 from bitgen.runtime import distributed
 from bitgen.runtime.logging import quiet
 
-# Each is bitgen.modes.<name>.run(config, workdir).
+# Each runs bitgen.modes.<name>.run(config, workdir).
 MODES = ("train", "tokenize", "sample", "edit", "reconstruct", "evaluate", "benchmark")
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "File of configs/, or your own.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, or your own.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory that the run writes to.")
 _MODE = flags.DEFINE_string("mode", "train", f"One of {', '.join(MODES)}.")
 
 
 def main(argv: Sequence[str] = tuple(sys.argv)) -> int:
     """Runs one mode; returns the exit status: 0, or 2 after one line about bad input.
 
-    A process ends with status 75 if another one of its run is lost or stuck, or it is itself.
+    The process ends with status 75 if it or another process of the run is lost or stuck.
     """
     if {"--help", "-h"} & set(argv):
         print(f"{__doc__}\nMODE is one of {', '.join(MODES)}; train by default.")
@@ -53,30 +53,16 @@ def main(argv: Sequence[str] = tuple(sys.argv)) -> int:
         return _end(f"error: {e}", e.status)
     except Exception as e:
         if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
-            return _end(f"error: {e.strerror}: {e.filename or _WORKDIR.value}; free some", 2)
+            where = e.filename or _WORKDIR.value
+            return _end(f"error: {e.strerror}: {where}; free some space", 2)
         if not jax.distributed.is_initialized():
             raise
         return _end(traceback.format_exc(), 1)
     return 0
 
 
-def _keep_compiled(directory: Any, workdir: Path) -> None:
-    """Lets jax keep compiled programs for the next start, unless the environment says where."""
-    if directory and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / directory))
-
-
-def _end(message: str, status: int) -> int:
-    """Prints the message; one of several processes ends here, as the others may not."""
-    if not jax.distributed.is_initialized():
-        print(message, file=sys.stderr, flush=True)
-        return status
-    index = jax.process_index()
-    print(f"[process {index}] {message}" if index else message, file=sys.stderr, flush=True)
-    os._exit(status)
-
-
 def _parse(argv: list[str]) -> tuple[ConfigDict, Path, str]:
+    """Returns config, workdir and mode; raises UserError for anything wrong with them."""
     path, arguments = _config_file(argv)
     if path:
         _check_keys(_load(path, arguments), argv)
@@ -95,7 +81,7 @@ def _parse(argv: list[str]) -> tuple[ConfigDict, Path, str]:
 
 
 def _config_file(argv: list[str]) -> tuple[str, list[str]]:
-    """-> the path that --config names, and what follows its colon, as arguments of get_config."""
+    """Returns the path of --config, and what follows its colon as arguments of get_config."""
     for i, argument in enumerate(argv):
         name, equals, value = argument.lstrip("-").partition("=")
         if argument.startswith("-") and name == "config":
@@ -106,7 +92,7 @@ def _config_file(argv: list[str]) -> tuple[str, list[str]]:
 
 
 def _load(path: str, arguments: list[str]) -> ConfigDict:
-    """Returns what a config file gives; raises UserError with its own error if it fails."""
+    """Returns what get_config of a file returns; raises UserError with the error if it fails."""
     if not Path(path).is_file():
         raise UserError(f"there is no config file {path}; the shipped ones are in configs/")
     try:
@@ -118,7 +104,7 @@ def _load(path: str, arguments: list[str]) -> ConfigDict:
         where = f"{path}:{lines[-1]}" if lines else path
         raise UserError(f"the config {where} fails: {type(e).__name__}: {e}") from None
     if not isinstance(config, ConfigDict):
-        raise UserError(f"get_config() of {path} gives {config!r}, not a ConfigDict")
+        raise UserError(f"get_config() of {path} returns {config!r}, not a ConfigDict")
     return config
 
 
@@ -133,6 +119,25 @@ def _check_keys(root: ConfigDict, argv: list[str]) -> None:
                 raise UserError(f"{seen} is a value, it has no {key!r}")
             choose(f"key in {seen}:", key, node)
             node, seen = node[key], f"{seen}.{key}"
+
+
+def _keep_compiled(directory: Any, workdir: Path) -> None:
+    """Makes jax keep compiled programs for the next start; the environment takes precedence."""
+    if directory and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / directory))
+
+
+def _end(message: str, status: int) -> int:
+    """Prints the message and returns the status; one of several processes exits at once instead.
+
+    A normal exit would wait for the other processes, which may still be running.
+    """
+    if not jax.distributed.is_initialized():
+        print(message, file=sys.stderr, flush=True)
+        return status
+    index = jax.process_index()
+    print(f"[process {index}] {message}" if index else message, file=sys.stderr, flush=True)
+    os._exit(status)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ r"""The binary autoencoder of Binary Latent Diffusion and BiGR, every released s
         --config.data.path=/data/imagenet/train
 
 Sizes: d24, d32 (BiGR, 256 px), d32_512 (BiGR, 512 px), c32, c64, c128 (Binary Latent Diffusion).
-The recipe is the authors': 8 GPUs, 4 images each, discriminator from step 400,001; they trained d24
-for a million steps. Set config.loss.perceptual_weights to a file where there is no network, or
+The recipe is the authors': 8 GPUs with 4 images each, the discriminator from step 400,001, and a
+million steps for d24. Without a network, set config.loss.perceptual_weights to a file, or
 config.loss.perceptual_weight=0. Not run here at this size: no time or quality was measured.
 """
 
@@ -25,8 +25,7 @@ PER_DEVICE, DEVICES = 4, 8
 
 def get_config(size: str = "d24"):
     """Returns the settings of a size."""
-    c = config.tokenizer("binary_ae", **choose("size", size, SIZES))
-    config.train_on_folder(c)
+    c = config.imagenet_tokenizer("binary_ae", **choose("size", size, SIZES))
     c.data.crop = "resize"
     c.train.batch_size = PER_DEVICE * DEVICES
     c.train.steps = 1_000_000

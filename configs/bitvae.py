@@ -6,8 +6,8 @@ r"""BitVAE, Infinity's multi-scale tokenizer, in its authors' two stages: one sc
         --config.data.path=/data/imagenet/train
 
 Sizes: d16_stage1, d16_stage2, d32_stage1, d32_stage2; stage 2 starts from
-runs/bitvae_dN_stage1/model unless --config.init_from says otherwise. To test one, over a list
-of files (or a folder, --config.data.source=folder):
+runs/bitvae_dN_stage1/model unless --config.init_from says otherwise. To test one on a list of
+files (or on a folder, --config.data.source=folder):
 
     python -m bitgen.main --config=configs/bitvae.py:d16_stage2 --workdir=runs/bitvae_d16_stage2 \
         --mode=reconstruct --config.data.source=list --config.data.path=labels/imagenet/val.txt \
@@ -15,56 +15,60 @@ of files (or a folder, --config.data.source=folder):
         --config.reconstruct.lpips=hub
 
 From the authors' training scripts: the network; batch 256; 500,000 steps, then 200,000; AdamW with
-rate 1e-4, a tenth of it for the last 50,000, betas 0.9 and 0.95, clipping at 1; L1 1, LPIPS (VGG16)
-1, GAN 0.3 from step 50,000, in stage 2 from the first, its discriminator 128 wide; commitment 0.25
-and entropy 0.1, both times 4; scales left out of half the batches, but the last; gradients through
-the residuals. Different here: one size of images, where their stage 2 mixes 256, 512 and 1,024
-pixels (set config.model.image_size and config.data.image_size); the schedule `dynamic`, with which
-they test, where they train on `dense`; one scale in stage 1, where they already have all of them
-(config.model.schedule=dynamic, and drop_rate, keep_first and keep_last as below); GAN's weight is a
-bound, as everywhere in bitgen, and the discriminator's rate is the model's, not twice that; their
-penalty on its mean logits is not there (config.loss.lecam_weight is another one); bfloat16.
+rate 1e-4 and a tenth of it for the last 50,000 steps, betas 0.9 and 0.95, clipping at 1; L1 and
+LPIPS (VGG16) with weight 1; a GAN of weight 0.3 from step 50,000 (in stage 2 from the first step)
+whose discriminator is 128 wide; commitment 0.25 and entropy 0.1, both times 4; scales other than
+the last are dropped in half the batches; gradients flow through the residuals.
 
-The values of the regularised sort (d32reg) are not published: set config.model.flip_prob and
-flip_scales in stage 2, which flip bits of the first scales at random. The script's own defaults,
-which no published command uses, are 0.5 and 1.
+Different here: images have one size, where the authors' stage 2 mixes 256, 512 and 1,024 pixels
+(set config.model.image_size and config.data.image_size). The schedule is `dynamic`, with which they
+test; they train with `dense`. Stage 1 has one scale, where they already have all (set
+config.model.schedule=dynamic, and drop_rate, keep_first and keep_last as in stage 2). The GAN's
+weight is a bound, as everywhere in bitgen. The discriminator's rate is the model's, not twice that.
+Their penalty on its mean logits is missing (config.loss.lecam_weight is a different one). The
+computation is in bfloat16.
 
-It is meant for 8 GPUs of 80 GB, 16 images each at a time, residual blocks recomputed in the
-backward pass; on 32 add --config.train.accumulate=1. Set config.loss.perceptual_weights to a file
-where there is no network, or config.loss.perceptual_weight=0. Not run here at this size: no time or
-quality was measured. The authors report, at 256 px, rFID 1.22 and PSNR 20.9 for d16, 0.61 and 22.7
-for d32, 0.75 and 21.9 for d32reg.
+The settings of the regularised variant (d32reg) are not published. In stage 2,
+config.model.flip_prob and flip_scales flip bits of the first scales at random; the defaults of the
+authors' script, which no published command uses, are 0.5 and 1.
+
+The recipe is for 8 GPUs with 80 GB and 16 images each at a time, and recomputes residual blocks in
+the backward pass; on 32 GPUs add --config.train.accumulate=1. Without a network, set
+config.loss.perceptual_weights to a file, or config.loss.perceptual_weight=0. Not run here at this
+size: no time or quality was measured. The authors report at 256 px rFID 1.22 and PSNR 20.9 for d16,
+0.61 and 22.7 for d32, 0.75 and 21.9 for d32reg.
 """
 
 from bitgen import config
 from bitgen.errors import choose
 
-_MANY = {
-    **{"schedule": "dynamic", "detach_residual": False},
-    **{"drop_rate": 0.5, "keep_first": False, "keep_last": True},
+_ONE_SCALE = {"schedule": "same1", "detach_residual": False}
+_MANY_SCALES = {
+    "schedule": "dynamic",
+    "detach_residual": False,
+    "drop_rate": 0.5,
+    "keep_first": False,
+    "keep_last": True,
 }
-_ONE = {"schedule": "same1", "detach_residual": False}
 SIZES = {
-    "d16_stage1": {"bits": 16, **_ONE},
-    "d16_stage2": {"bits": 16, **_MANY},
-    "d32_stage1": {"bits": 32, **_ONE},
-    "d32_stage2": {"bits": 32, **_MANY},
+    "d16_stage1": {"bits": 16, **_ONE_SCALE},
+    "d16_stage2": {"bits": 16, **_MANY_SCALES},
+    "d32_stage1": {"bits": 32, **_ONE_SCALE},
+    "d32_stage2": {"bits": 32, **_MANY_SCALES},
 }
 PER_DEVICE, DEVICES, PARTS = 16, 8, 2
-_CODE = 4  # what the authors multiply the losses on the code by
+_CODE = 4  # the authors' factor of the losses on the code
 
 
 def get_config(size: str = "d16_stage1"):
     """Returns the settings of a size and stage."""
     fields = choose("size", size, SIZES)
-    c = config.tokenizer("bitvae", dtype="bfloat16", remat=True, **fields)
-    config.train_on_folder(c)
+    c = config.imagenet_tokenizer("bitvae", dtype="bfloat16", remat=True, **fields)
     c.data.crop = "random"
     c.data.crop_scale_min = 1.0
     c.train.batch_size = PER_DEVICE * DEVICES * PARTS
     c.train.accumulate = PARTS
     c.train.steps = 500_000
-    c.optim.name = "adamw"
     c.optim.lr = 1e-4
     c.optim.schedule = "drop"
     c.optim.b1 = 0.9
@@ -78,7 +82,7 @@ def get_config(size: str = "d16_stage1"):
     c.loss.gan_start = 50_000
     c.loss.discriminator_width = 128
     if size.endswith("stage2"):
-        c.init_from = f"runs/bitvae_{size.removesuffix('stage2')}stage1/model"
+        c.init_from = f"runs/bitvae_{size.replace('stage2', 'stage1')}/model"
         c.train.steps = 200_000
         c.loss.gan_start = 0
     c.optim.drop_step = c.train.steps - 50_000

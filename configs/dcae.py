@@ -4,12 +4,13 @@ r"""DC-AE: the released sizes, and small ones for 32x32 images; continuous laten
         --config.data.path=/data/imagenet/train
 
 Released (mit-han-lab/efficientvit): f32c32 (323M parameters), f64c128 (677M), f128c512 (1.12B) and
-sana (312M). Small (defgsus/nn-experiments, one 1x1 cell for 32x32 pixels): 03 (81M, 32 latents: a
-ratio of 96), 04 (82M, 64 latents as all below: 48), 05 (111M), 06 (143M), 07 (107M).
+sana (312M). Small (defgsus/nn-experiments, 32x32 pixels to a single cell): 03 (81M, 32 latents, a
+compression ratio of 96), and with 64 latents, a ratio of 48: 04 (82M), 05 (111M), 06 (143M), 07
+(107M).
 
-`--config.model.quantizer=sign` (or spherical, bernoulli) makes a bit tokenizer of any of them, with
-as many bits a cell as latents. The authors released no training code; the recipe here is ours: L1,
-LPIPS and a PatchGAN from step 100,001, AdamW. Published for f64c128 at 512 px: rFID 0.217, PSNR
+`--config.model.quantizer=sign` (or spherical, bernoulli) makes any of them a bit tokenizer with as
+many bits per cell as latents. The authors released no training code, so the recipe is ours: L1,
+LPIPS, a PatchGAN from step 100,001, and AdamW. Published for f64c128 at 512 px: rFID 0.217, PSNR
 26.15, SSIM 0.71, LPIPS 0.080. Not run here at these sizes: no time or quality was measured.
 """
 
@@ -19,18 +20,17 @@ from bitgen.hub import zoo
 
 SIZES = {
     "f32c32": {},
-    "f64c128": dict(zoo.ZOO["dc_ae_f64c128_in"].hparams),
-    "f128c512": dict(zoo.ZOO["dc_ae_f128c512_in"].hparams),
-    "sana": dict(zoo.ZOO["dc_ae_f32c32_sana"].hparams),
-    **{name.removeprefix("dcae_"): dict(fields) for name, fields in zoo.TILES.items()},
+    "f64c128": zoo.ZOO["dc_ae_f64c128_in"].hparams,
+    "f128c512": zoo.ZOO["dc_ae_f128c512_in"].hparams,
+    "sana": zoo.ZOO["dc_ae_f32c32_sana"].hparams,
+    **{name.removeprefix("dcae_"): fields for name, fields in zoo.TILES.items()},
 }
 
 
 def get_config(size: str = "f32c32"):
     """Returns the settings of a size."""
-    c = config.tokenizer("dcae", **choose("size", size, SIZES))
+    c = config.imagenet_tokenizer("dcae", **choose("size", size, SIZES))
     c.model.remat = c.model.image_size > 32
-    config.train_on_folder(c)
     c.train.batch_size = 64
     c.train.steps = 200_000
     c.optim.lr = 1e-4

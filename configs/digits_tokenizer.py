@@ -2,8 +2,8 @@
 
     python -m bitgen.main --config=configs/digits_tokenizer.py --workdir=runs/digits/tokenizer
 
-Measured on 2 CPU cores: 80 seconds for the 400 steps, PSNR 22.9 dB on held-out digits, every bit in
-use. 384 bits an image.
+An image has 384 bits. Measured on 2 CPU cores: 80 seconds for the 400 steps, PSNR 22.9 dB on
+held-out digits, every bit in use.
 """
 
 from bitgen import config
@@ -11,7 +11,7 @@ from bitgen import config
 
 def get_config():
     """Returns the settings."""
-    c = config.tokenizer(
+    c = config.small_tokenizer(
         "binary_ae",
         width=32,
         multipliers=(1, 1, 1, 1),
@@ -21,7 +21,6 @@ def get_config():
         image_size=32,
         attention_resolutions=(),
     )
-    c.data.flip = False
     c.train.batch_size = 32
     c.train.steps = 400
     c.train.log_every = 50
@@ -30,8 +29,5 @@ def get_config():
     c.optim.name = "adam"
     c.optim.lr = 2e-3
     c.optim.warmup = 20
-    c.optim.schedule = "cosine"
     c.optim.ema = 0.99
-    c.loss.perceptual_weight = 0.0
-    c.loss.gan_weight = 0.0
     return c

@@ -1,5 +1,5 @@
-# Sourced by the scripts here: makes the virtual environment $VENV (default .venv) with the extras
-# named as arguments, and installs bitgen into it in place, with any further requirements.
+# Makes the virtual environment $VENV (default .venv) and installs bitgen into it in place: with the
+# extras of the first argument and the requirements of the others. Sourced by the scripts here.
 # shellcheck shell=bash
 VENV="${VENV:-.venv}"
 PYTHON="${PYTHON:-python3}"

@@ -1,29 +1,27 @@
 #!/usr/bin/env bash
-# Runs bitgen on this machine: its CPU, or the accelerators that the installed JAX finds.
+# Runs bitgen on this machine, on its CPU or on the accelerators that the installed JAX finds.
 #
 #   launch/local.sh [OPTIONS] -- --config=FILE --workdir=DIR [--mode=MODE] [--config.KEY=VALUE ...]
 #
-# Stopped or killed, the same command goes on from the last checkpoint.
+# After a stop or a crash, the same command resumes from the last checkpoint.
 #
-#   --devices=N      pretend to have N CPU devices, to try a mesh out
-#   --processes=N    as N processes that talk to each other, to try several hosts out (1)
-#   --port=N         at which they meet (12355)
+#   --devices=N      pretend to have N CPU devices, to try out a mesh
+#   --processes=N    run N processes that talk to each other, to try out several hosts (1)
+#   --port=N         port of the first process (12355)
 #   --venv=DIR       virtual environment, made if bitgen is not in it (.venv)
 #   --dry-run        print every command and run none
 #   --help           this text
 #
 # Options are also read from BITGEN_DEVICES, BITGEN_PROCESSES, BITGEN_PORT, BITGEN_VENV.
 
-# shellcheck disable=SC2154 # parse_options assigns the options
+# shellcheck disable=SC2154 # parse_options sets the variables
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/common.sh
 
 parse_options "devices processes=1 port=12355" "$@"
 set -- ${arguments[@]+"${arguments[@]}"}
-[ -z "$devices" ] || count devices "$devices"
-count processes "$processes"
-count port "$port"
+count ${devices:+devices} processes port
 check_run "$@"
 note "devices=${devices:-what JAX finds} processes=$processes port=$port venv=$venv"
 
@@ -39,7 +37,7 @@ pids=()
 for ((i = 0; i < processes; i++)); do
   run_last env COORDINATOR_ADDRESS="localhost:$port" NUM_PROCESSES="$processes" PROCESS_ID="$i" \
     "${command[@]}" "$@" &
-  # A dry run's lines in their order.
+  # A dry run prints its lines in order.
   if [ -n "$dry" ]; then wait "$!"; else pids+=("$!"); fi
 done
 [ -z "$dry" ] || exit 0

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to generated digits: environment, tokenizer, bits, generator, samples.
-# Everything lands in runs/digits (or the directory given); run again, it goes on where it stopped.
+# Writes to runs/digits, or to the directory given. Run again, it continues where it stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh quickstart

@@ -1,29 +1,30 @@
 #!/usr/bin/env bash
-# Submits a bitgen run to Slurm: any number of nodes, a process for each GPU.
+# Submits a bitgen run to Slurm, on any number of nodes, with one process per GPU.
 #
 #   launch/slurm.sh [OPTIONS] -- --config=FILE --workdir=DIR [--mode=MODE] [--config.KEY=VALUE ...]
 #
-# Near the end of its time the job saves and queues itself again; preempted or after the failure of a
-# node, it is queued again; it goes on from the last checkpoint each time. So does the same
-# command. This checkout, the environment and the workdir are on storage that all nodes see.
+# Near its time limit the job saves and queues itself again; after a preemption or the failure of a
+# node it is queued again. Each time, and when the same command is given again, the run resumes from
+# the last checkpoint. This checkout, the environment and the workdir must be on storage that all
+# nodes see.
 #
-#   --nodes=N           (1)
-#   --gpus=N            of each node (8)
-#   --cpus=N            cores for each GPU (8)
-#   --time=LIMIT        of one turn (24:00:00)
-#   --grace=SECONDS     before the end of it, to save (300)
-#   --name=JOB          (bitgen)
-#   --partition=NAME    (the cluster's default)
-#   --logs=DIR          (runs/slurm)
+#   --nodes=N           number of nodes (1)
+#   --gpus=N            GPUs per node (8)
+#   --cpus=N            cores per GPU (8)
+#   --time=LIMIT        time limit of a job (24:00:00)
+#   --grace=SECONDS     time to save before the limit (300)
+#   --name=JOB          name of the job (bitgen)
+#   --partition=NAME    partition (the cluster's default)
+#   --logs=DIR          folder for the logs (runs/slurm)
 #   --sbatch=OPTION     any other option of sbatch; may be repeated
-#   --cuda=JAX_EXTRA    what JAX is installed with (cuda13)
+#   --cuda=JAX_EXTRA    JAX's extra to install (cuda13)
 #   --venv=DIR          virtual environment, made if JAX's GPU package is not in it (.venv)
 #   --dry-run           print every command and run none
 #   --help              this text
 #
-# Options but --sbatch are also read from BITGEN_NODES, BITGEN_GPUS and so on.
+# All options except --sbatch are also read from BITGEN_NODES, BITGEN_GPUS and so on.
 
-# shellcheck disable=SC2154 # parse_options assigns the options
+# shellcheck disable=SC2154 # parse_options sets the variables
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/common.sh
@@ -35,10 +36,7 @@ own_option() {
 parse_options "nodes=1 gpus=8 cpus=8 time=24:00:00 grace=300 name=bitgen partition logs=runs/slurm
   cuda=cuda13" "$@"
 set -- ${arguments[@]+"${arguments[@]}"}
-count nodes "$nodes"
-count gpus "$gpus"
-count cpus "$cpus"
-count grace "$grace"
+count nodes gpus cpus grace
 check_run "$@"
 need sbatch "run this on a login node of a Slurm cluster; launch/gpu.sh is for machines without Slurm"
 note "nodes=$nodes gpus=$gpus cpus=$cpus time=$time grace=$grace name=$name partition=${partition:-default} logs=$logs cuda=$cuda venv=$venv"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what the tests need into a virtual environment ($VENV, or .venv here) and runs them.
+# Installs what the tests need into a virtual environment ($VENV, default .venv) and runs them.
 # Arguments go to pytest: launch/test.sh tests/test_bigr.py -x
 set -euo pipefail
 cd "$(dirname "$0")/.."

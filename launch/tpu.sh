@@ -1,39 +1,39 @@
 #!/usr/bin/env bash
-# Rents a Cloud TPU, of one host or a pod, runs bitgen on all of its hosts, and sees it through
+# Rents a Cloud TPU, a single host or a pod, runs bitgen on all of its hosts, and restarts it after
 # preemptions.
 #
 #   launch/tpu.sh all [OPTIONS] -- --config=FILE --workdir=DIR [--config.KEY=VALUE ...]
 #
-# That is create, install, run and watch. The same command goes on with whatever is there, from the
-# last checkpoint, also from another computer. Each is an action of its own too:
+# `all` does create, install, run and watch. Given again, also from another computer, it continues
+# with what is there, from the last checkpoint. Each step is an action of its own too:
 #
-#   create    queue a request (a queued resource) and wait until the TPU is there
+#   create    queue a request (a queued resource) and wait until the TPU is ready
 #   install   copy this checkout to every host, make its environment, mount the storage
-#   run       start bitgen on every host, in the background            (needs -- ARGUMENTS)
-#   watch     wait for its end; after a preemption do all of it again  (needs -- ARGUMENTS)
-#   log       the last lines of every host's log
-#   stop      save and stop the run; the TPU stays
-#   delete    delete the TPU and the request: until then it costs money
+#   run       start bitgen on every host, in the background              (needs -- ARGUMENTS)
+#   watch     wait for its end; after a preemption do everything again   (needs -- ARGUMENTS)
+#   log       print the last lines of every host's log
+#   stop      save and stop the run, keep the TPU
+#   delete    delete the TPU and the request; until then it costs money
 #
-#   --zone=ZONE          such as us-west4-a (needed)
-#   --type=TYPE          accelerator type, such as v5litepod-16 (needed by all, create and watch)
-#   --name=NAME          of the TPU and of the request (bitgen)
-#   --project=PROJECT    (gcloud's own setting)
-#   --runtime=VERSION    of the TPU's software (by the type)
+#   --zone=ZONE          such as us-west4-a (required)
+#   --type=TYPE          accelerator type, such as v5litepod-16 (required by all, create and watch)
+#   --name=NAME          name of the TPU and of the request (bitgen)
+#   --project=PROJECT    Google Cloud project (gcloud's setting)
+#   --runtime=VERSION    version of the TPU's software (by the type)
 #   --tier=TIER          spot (cheap, preempted at any time), on-demand, guaranteed, reserved (spot)
 #   --mount=SOURCE       gs://BUCKET (best with a hierarchical namespace) or HOST:/EXPORT (NFS)
 #   --at=DIR             where every host mounts it (/mnt/bitgen)
-#   --poll=SECONDS       between two looks at it (60)
-#   --restarts=N         give up after so many (100)
-#   --delete-after       delete the TPU when the run has ended well
+#   --poll=SECONDS       time between two checks of its state (60)
+#   --restarts=N         give up after this many restarts (100)
+#   --delete-after       delete the TPU after the run has succeeded
 #   --dry-run            print every command and run none
 #   --help               this text
 #
-# A pod needs the workdir on storage that all hosts see: --mount=..., and --workdir below --at. The
-# data is read from there as well. Configs of your own go into configs/. Options are also read from
-# BITGEN_ZONE, BITGEN_TYPE and so on.
+# A pod needs the workdir and the data on storage that all hosts see: --mount=..., and --workdir below
+# --at. Configs of your own go into configs/. Options are also read from BITGEN_ZONE, BITGEN_TYPE and
+# so on.
 
-# shellcheck disable=SC2154 # parse_options assigns the options
+# shellcheck disable=SC2154 # parse_options sets the variables
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/common.sh
@@ -52,7 +52,7 @@ parse_options "zone type name=bitgen project runtime tier=spot mount at=/mnt/bit
   restarts=100" "$@"
 set -- ${arguments[@]+"${arguments[@]}"}
 
-# ---- What was asked for, checked before anything is rented ----
+# ---- Checks, before anything is rented ----
 [ -n "$zone" ] || fail "no --zone=ZONE: where the TPU is, such as us-west4-a"
 case "$action" in
   all | create | watch)
@@ -72,8 +72,7 @@ case "$tier" in
   on-demand) tier_flag=() ;;
   *) fail "--tier=$tier is none of spot, on-demand, guaranteed, reserved" ;;
 esac
-count poll "$poll"
-count restarts "$restarts"
+count poll restarts
 if [ -z "$runtime" ]; then
   case "$type" in
     v6e-*) runtime=v2-alpha-tpuv6e ;;
@@ -99,7 +98,7 @@ delete() { run "${tpus[@]}" queued-resources delete "$name" --force "${where[@]}
 
 describe=("${tpus[@]}" queued-resources describe "$name" "--format=value(state.state)" "${where[@]}")
 
-# The state of the request, or NONE; fails if gcloud cannot tell.
+# Prints the state of the request, or NONE; fails if gcloud cannot tell.
 state() {
   local answer
   if answer="$("${describe[@]}" 2>&1)"; then
@@ -123,7 +122,7 @@ create() {
   fi
   local now last="" asked=""
   while true; do
-    # A look may fail while the connection is away, but not the first one.
+    # Only the first check must succeed; the connection may be lost later.
     now="$(state)" || { [ -n "$last" ] && now="$last" || exit 2; }
     [ "$now" = "$last" ] || note "$(date '+%F %T') $name is $now"
     last="$now"
@@ -145,7 +144,7 @@ on_hosts() {
   run "${tpus[@]}" tpu-vm ssh "$name" --worker=all "--command=$1" "${where[@]}"
 }
 
-# worker WORD ...: launch/tpu_worker.sh on every host.
+# worker WORD ...: runs launch/tpu_worker.sh on every host.
 worker() {
   on_hosts "cd bitgen && $(quoted bash launch/tpu_worker.sh "$@")"
   case "$dry$1" in
@@ -153,7 +152,7 @@ worker() {
   esac
 }
 
-# Waits until every host answers, for which a new TPU may need minutes.
+# Waits until every host answers, which takes minutes on a new TPU.
 reach() {
   local left=10
   until on_hosts true; do
@@ -174,15 +173,15 @@ install() {
 
 look="if cd bitgen 2> /dev/null; then bash launch/tpu_worker.sh state; else echo 'bitgen-run: none'; fi"
 
-# What the hosts say of their runs, each answer once; nothing if one of them cannot be reached.
+# Prints each different state of the hosts' runs once; nothing if a host cannot be reached.
 report() {
   local answers
   answers="$(on_hosts "$look" 2> /dev/null)" || return 0
   echo "$answers" | sed -n 's/^.*bitgen-run: //p' | sort -u
 }
 
-# Installs and starts bitgen where it does not run yet. That may fail because the TPU is taken away;
-# any other failure ends it all.
+# Installs and starts bitgen unless it is running. A failure ends this script, except when the TPU has
+# been taken away.
 begin() {
   if [ -z "$dry" ] && report | grep -qx running; then
     note "a run is going on there already"
@@ -192,9 +191,9 @@ begin() {
   fi
 }
 
-# Once more, with a new TPU where the old one is gone.
+# Starts bitgen again, on a new TPU if the old one is gone.
 again() {
-  [ "$restarts" -gt 0 ] || fail "that were all the restarts; the same command goes on, --restarts=N raises it"
+  [ "$restarts" -gt 0 ] || fail "no restarts are left; the same command continues, --restarts=N allows more"
   restarts=$((restarts - 1))
   create
   begin "$@"
@@ -217,9 +216,9 @@ watch() {
     [ "$now" != ACTIVE ] || now="ACTIVE $(report | tr '\n' ' ')"
     [ "$now" = "$said" ] || note "$(date '+%F %T') $name is $now"
     said="$now"
-    # Status 75: something went wrong that is none of the settings, such as a host that is lost.
+    # Status 75: something failed that is not a setting, such as another host.
     case "${now//ended 75/lost}" in
-      UNKNOWN | "ACTIVE " | *running*) ;; # no connection, or at work
+      UNKNOWN | "ACTIVE " | *running*) ;; # no connection, or still running
       ACTIVE*halted*)
         note "stopped by hand; the same command goes on from the last checkpoint"
         return

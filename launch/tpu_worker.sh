@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# What launch/tpu.sh runs on every worker of a TPU, in the checkout that it copied there.
+# Runs on every host of a TPU, in the checkout that launch/tpu.sh copied there.
 #
-#   launch/tpu_worker.sh install [SOURCE DIR]   the environment; mounts gs://BUCKET or HOST:/EXPORT
-#   launch/tpu_worker.sh start BITGEN_ARGUMENTS...   in the background, unless it runs already
+#   launch/tpu_worker.sh install [SOURCE DIR]        make the environment, mount the storage
+#   launch/tpu_worker.sh start BITGEN_ARGUMENTS...   start in the background, unless it is running
 #   launch/tpu_worker.sh state | log | stop
 #
-# The run outlives the connection. It holds a lock, so that after a reboot nobody thinks it runs.
+# The run outlives the connection. It holds a lock, which a reboot releases.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/common.sh
@@ -13,7 +13,7 @@ source launch/common.sh
 records="${BITGEN_RECORDS:-$HOME/bitgen-run}" # log, lock and state
 [ -n "$dry" ] || mkdir -p "$records"
 
-# Whether a program is not there; a dry run assumes nothing.
+# Whether a program is missing; a dry run assumes that it is.
 lacks() { [ -n "$dry" ] || ! command -v "$1" > /dev/null; }
 
 running() { ! flock --shared --nonblock "$records/lock" true; }
@@ -63,7 +63,7 @@ too_old() { ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; }
 install() { # [SOURCE DIR]
   if [ $# -eq 2 ]; then attach "$1" "$2"; fi
   if [ ! -e "$venv" ] && { [ -n "$dry" ] || too_old; }; then
-    # Images of TPUs have had Python 3.10; a dry run takes it to be so.
+    # TPU images come with Python 3.10; a dry run assumes so too.
     run "$python" -m pip install --user --quiet uv
     run "$python" -m uv venv --quiet --seed --python=3.12 "$venv"
   fi
@@ -87,7 +87,7 @@ start() { # BITGEN_ARGUMENTS
   fail "the run did not start; see $records/log"
 }
 
-# Runs bitgen under the lock, passes a signal on, and notes how it ended.
+# Runs bitgen under the lock, passes signals on, and records how it ended.
 supervise() {
   local status=0 told="" child
   exec 9> "$records/lock"
@@ -113,7 +113,7 @@ halt() {
   touch "$records/halt"
   kill -TERM "$(cat "$records/pid")"
   note "told the run to save and stop"
-  # Until it has let go of the lock.
+  # Wait until it releases the lock.
   flock --timeout 600 "$records/lock" true || fail "it has not stopped in ten minutes"
 }
 

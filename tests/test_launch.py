@@ -1,4 +1,4 @@
-"""The launchers: what they would run, word for word, and how they see a run through."""
+"""The launchers: the exact commands of dry runs, and how they restart a run."""
 
 import os
 import re
@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LAUNCHERS = ("local", "gpu", "slurm", "tpu")
-# The words that a careless script would split, expand or drop.
+# Launcher -> what it cannot do without.
+LAUNCHERS = {"local": [], "gpu": [], "slurm": [], "tpu": ["all", "--zone=z", "--type=v4-8"]}
+# Words that a careless script would split, expand or drop.
 ODD = ["--config.data.path=/my pictures/it's", '--config.sample.labels="a $HOME *"', "--config.x="]
 RUN = ["--config=configs/bigr.py:L", "--workdir=runs/my run", *ODD]
 
@@ -40,7 +41,7 @@ def launch(script, *options, env=(), check=True, path=None):
 
 
 def commands(printed):
-    """-> the commands that a dry run printed, as a shell would read them."""
+    """Returns the commands that a dry run printed, as a shell reads them."""
     lines = printed.splitlines()
     assert lines[0].startswith("# ")
     return [shlex.split(line) for line in lines if not line.startswith("#")]
@@ -51,18 +52,26 @@ def dry(script, *options, **more):
 
 
 def environment_step(venv, *packages):
-    return [
-        "env",
-        f"VENV={venv}",
-        "PYTHON=python3",
-        "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu",
-        "bash",
-        "launch/environment.sh",
-        *packages,
-    ]
+    index = "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu"
+    variables = ["env", f"VENV={venv}", "PYTHON=python3", index]
+    return [*variables, "bash", "launch/environment.sh", *packages]
 
 
-# ---- Of all scripts ----
+def install(venv, package):
+    """Makes a virtual environment look as if it had a package."""
+    (venv / f"lib/python3.12/site-packages/{package}-1.dist-info").mkdir(parents=True)
+
+
+def write_programs(folder, **programs):
+    """Writes shell scripts to put first on the PATH; returns that PATH."""
+    folder.mkdir(exist_ok=True)
+    for name, text in programs.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{text}")
+        (folder / name).chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+# ---- All scripts ----
 
 
 def test_shellcheck_finds_nothing():
@@ -87,6 +96,16 @@ def test_help_names_every_option(script):
     assert "set -euo" not in text
 
 
+def refusal(script, *options, **more):
+    """Returns the one line in which a launcher refuses what it was given."""
+    done = launch(script, *options, check=False, **more)
+    assert done.returncode == 2
+    assert not done.stdout
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    return done.stderr
+
+
 @pytest.mark.parametrize("script", LAUNCHERS)
 @pytest.mark.parametrize(
     ("run", "message"),
@@ -97,12 +116,7 @@ def test_help_names_every_option(script):
     ],
 )
 def test_arguments_of_bitgen_are_checked(script, run, message):
-    options = ["all", "--zone=z", "--type=v4-8"] if script == "tpu" else []
-    done = launch(script, *options, "--dry-run", "--", *run, check=False)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert message in done.stderr
-    assert not done.stdout
+    assert message in refusal(script, *LAUNCHERS[script], "--dry-run", "--", *run)
 
 
 @pytest.mark.parametrize(
@@ -121,17 +135,14 @@ def test_arguments_of_bitgen_are_checked(script, run, message):
         ("tpu", ["rent"], "unknown action 'rent'"),
         ("tpu", ["all", "--type=v4-8"], "no --zone=ZONE"),
         ("tpu", ["all", "--zone=z"], "no --type=TYPE"),
-        ("tpu", ["all", "--zone=z", "--type=v4-8", "--tier=cheap"], "none of spot, on-demand"),
-        ("tpu", ["all", "--zone=z", "--type=v4-8", "--mount=/data"], "neither gs://BUCKET nor"),
-        ("tpu", ["all", "--zone=z", "--type=v4-8", "--poll=0"], "--poll is a number"),
+        ("tpu", [*LAUNCHERS["tpu"], "--tier=cheap"], "none of spot, on-demand"),
+        ("tpu", [*LAUNCHERS["tpu"], "--mount=/data"], "neither gs://BUCKET nor"),
+        ("tpu", [*LAUNCHERS["tpu"], "--poll=0"], "--poll is a number"),
         ("tpu", ["delete", "--zone=z"], "delete takes no arguments of bitgen"),
     ],
 )
 def test_bad_options(script, options, message):
-    done = launch(script, *options, "--", *RUN, check=False)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert message in refusal(script, *options, "--", *RUN)
 
 
 @pytest.mark.parametrize(
@@ -140,11 +151,10 @@ def test_bad_options(script, options, message):
 def test_a_missing_program_is_named(script, missing, tmp_path):
     for name in ("bash", "dirname", "basename", "sed", "tr"):
         (tmp_path / name).symlink_to(shutil.which(name))
-    options = ["all", "--zone=z", "--type=v4-8"] if script == "tpu" else []
-    done = launch(script, *options, "--", *RUN, check=False, path=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {missing} is not installed: ")
-    # A dry run shows what it would do there.
+    options = LAUNCHERS[script]
+    said = refusal(script, *options, "--", *RUN, path=tmp_path)
+    assert said.startswith(f"error: {missing} is not installed: ")
+    # A dry run does without the program.
     assert missing in launch(script, *options, "--dry-run", "--", *RUN, path=tmp_path)
 
 
@@ -156,17 +166,15 @@ def test_local(tmp_path):
     python = [f"{venv}/bin/python", "-m", "bitgen.main", *RUN]
     assert dry("local", f"--venv={venv}") == [environment_step(venv, "convert"), python]
     assert not venv.exists()
-    (venv / "lib" / "python3.12" / "site-packages" / "bitgen-1.dist-info").mkdir(parents=True)
+    install(venv, "bitgen")
     assert dry("local", env={"BITGEN_VENV": str(venv)}) == [python]
+    more = {"BITGEN_VENV": str(venv), "XLA_FLAGS": "--a=b"}
     flags = "XLA_FLAGS=--a=b --xla_force_host_platform_device_count=4"
-    pretend = ["env", "JAX_PLATFORMS=cpu", flags]
-    assert dry("local", f"--venv={venv}", "--devices=4", env={"XLA_FLAGS": "--a=b"}) == [
-        [*pretend, *python]
-    ]
-    two = ["--processes=2", "--port=77", "--devices=4"]
+    pretend = ["env", "JAX_PLATFORMS=cpu", flags, *python]
+    assert dry("local", "--devices=4", env=more) == [pretend]
     met = ["env", "COORDINATOR_ADDRESS=localhost:77", "NUM_PROCESSES=2"]
-    assert dry("local", f"--venv={venv}", *two, env={"XLA_FLAGS": "--a=b"}) == [
-        [*met, f"PROCESS_ID={i}", *pretend, *python] for i in range(2)
+    assert dry("local", "--processes=2", "--port=77", "--devices=4", env=more) == [
+        [*met, f"PROCESS_ID={i}", *pretend] for i in range(2)
     ]
 
 
@@ -177,23 +185,13 @@ def test_gpu(tmp_path):
         environment_step(tmp_path, "convert", "jax[cuda13]"),
         ["env", "JAX_PLATFORMS=cuda,cpu", *python],
     ]
-    # bitgen alone is not enough there.
-    site = tmp_path / "lib" / "python3.12" / "site-packages"
-    (site / "bitgen-1.dist-info").mkdir(parents=True)
+    install(tmp_path, "bitgen")  # which is not enough
     assert len(dry("gpu", f"--venv={tmp_path}")) == 3
-    (site / "jax_cuda12_plugin-1.dist-info").mkdir()
+    install(tmp_path, "jax_cuda12_plugin")
     options = ["--gpus=0,2", "--nodes=3", "--node=2", "--coordinator=10.0.0.1:99"]
-    assert dry("gpu", f"--venv={tmp_path}", *options)[1:] == [
-        [
-            "env",
-            "JAX_PLATFORMS=cuda,cpu",
-            "CUDA_VISIBLE_DEVICES=0,2",
-            "COORDINATOR_ADDRESS=10.0.0.1:99",
-            "NUM_PROCESSES=3",
-            "PROCESS_ID=2",
-            *python,
-        ]
-    ]
+    variables = ["JAX_PLATFORMS=cuda,cpu", "CUDA_VISIBLE_DEVICES=0,2"]
+    variables += ["COORDINATOR_ADDRESS=10.0.0.1:99", "NUM_PROCESSES=3", "PROCESS_ID=2"]
+    assert dry("gpu", f"--venv={tmp_path}", *options)[1:] == [["env", *variables, *python]]
 
 
 def test_slurm(tmp_path):
@@ -202,27 +200,15 @@ def test_slurm(tmp_path):
     assert environment == environment_step(tmp_path, "convert", "jax[cuda13]")
     assert folder == ["mkdir", "-p", "runs/slurm"]
     assert sbatch[:4] == ["env", f"BITGEN_VENV={tmp_path}", "JAX_PLATFORMS=cuda,cpu", "sbatch"]
-    given = sbatch[4 : sbatch.index("launch/slurm_job.sh")]
-    assert sorted(given) == sorted(
-        [
-            "--job-name=bitgen",
-            "--nodes=4",
-            "--ntasks-per-node=8",
-            "--gpus-per-node=8",
-            "--cpus-per-task=8",
-            "--time=2:00:00",
-            "--requeue",
-            "--open-mode=append",
-            "--signal=B:USR1@300",
-            f"--chdir={ROOT}",
-            "--output=runs/slurm/%x-%j.log",
-            "--account=my lab",
-            "--partition=a100",
-        ]
-    )
-    assert sbatch[sbatch.index("launch/slurm_job.sh") + 1 :] == RUN
-    assert srun[:2] == ["srun", "--kill-on-bad-exit=1"]
-    assert srun[2:] == [f"{tmp_path}/bin/python", "-m", "bitgen.main", *RUN]
+    script = sbatch.index("launch/slurm_job.sh")
+    sizes = ["--nodes=4", "--ntasks-per-node=8", "--gpus-per-node=8", "--cpus-per-task=8"]
+    queue = ["--time=2:00:00", "--requeue", "--signal=B:USR1@300", "--open-mode=append"]
+    places = [f"--chdir={ROOT}", "--output=runs/slurm/%x-%j.log"]
+    names = ["--job-name=bitgen", "--account=my lab", "--partition=a100"]
+    assert sorted(sbatch[4:script]) == sorted([*sizes, *queue, *places, *names])
+    assert sbatch[script + 1 :] == RUN
+    python = [f"{tmp_path}/bin/python", "-m", "bitgen.main", *RUN]
+    assert srun == ["srun", "--kill-on-bad-exit=1", *python]
 
 
 ZONE = ["--zone=us-west4-a", "--quiet"]
@@ -231,7 +217,7 @@ QUEUED = ["gcloud", "compute", "tpus", "queued-resources"]
 
 
 def remote(command):
-    """-> the words of a command that goes to every host."""
+    """Returns the words of a command for every host."""
     assert command[: len(SSH)] == SSH
     assert command[len(SSH) + 1 :] == ZONE
     assert command[len(SSH)].startswith("--command=")
@@ -243,16 +229,8 @@ def test_tpu_does_all_in_order():
     printed = launch("tpu", "all", *options, "--dry-run", "--", *RUN)
     found = commands(printed)
     describe = [*QUEUED, "describe", "pod", "--format=value(state.state)", *ZONE]
-    request = [
-        *QUEUED,
-        "create",
-        "pod",
-        "--node-id=pod",
-        "--accelerator-type=v5litepod-32",
-        "--runtime-version=v2-alpha-tpuv5-lite",
-        "--spot",
-        *ZONE,
-    ]
+    kind = ["--accelerator-type=v5litepod-32", "--runtime-version=v2-alpha-tpuv5-lite", "--spot"]
+    request = [*QUEUED, "create", "pod", "--node-id=pod", *kind, *ZONE]
     assert found[:3] == [describe, request, describe]
 
     def check_begin(steps):
@@ -297,10 +275,10 @@ def test_tpu_small_actions(action):
     assert remote(found)[-2:] == ["launch/tpu_worker.sh", action]
 
 
-# ---- For real, with stand-ins for what is far away ----
+# ---- Real runs, with scripts in place of gcloud, Python and Slurm ----
 
 # A cloud of two hosts, which are folders here.
-GCLOUD = r"""#!/usr/bin/env bash
+GCLOUD = r"""
 echo "$*" >> "$FAKE/calls"
 case "$*" in
   *describe*) cat "$FAKE/state" 2> /dev/null || { echo "ERROR: NOT_FOUND" >&2; exit 1; } ;;
@@ -317,8 +295,8 @@ case "$*" in
      done ;;
 esac
 """
-# A Python that notes what it was to run, and does what the plan says of its n-th run.
-PYTHON = r"""#!/usr/bin/env bash
+# A Python that writes down its arguments and ends its n-th run as line n of the plan says.
+PYTHON = r"""
 case "$*" in
   "-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
   *"-m pip install"*)
@@ -340,29 +318,14 @@ esac
 """
 
 
-@pytest.fixture
-def cloud(tmp_path):
-    """The folder of a cloud that does not exist, first on the PATH."""
-    programs = tmp_path / "programs"
-    programs.mkdir()
-    for name, text in (("gcloud", GCLOUD), ("python3", PYTHON)):
-        (programs / name).write_text(text)
-        (programs / name).chmod(0o755)
-    return tmp_path
-
-
 def on_cloud(cloud, action, *run, plan=(), check=True):
+    """Runs an action of launch/tpu.sh on the cloud in a folder, with a plan for its Python."""
     (cloud / "plan").write_text("\n".join(plan) + "\n")
-    options = ["--zone=z", "--type=v5litepod-16", "--poll=1", "--restarts=4"]
-    return launch(
-        "tpu",
-        action,
-        *options,
-        *(["--", *run] if run else []),
-        env={"FAKE": str(cloud), "TMPDIR": str(cloud)},
-        path=f"{cloud / 'programs'}:{os.environ['PATH']}",
-        check=check,
-    )
+    options = [action, "--zone=z", "--type=v5litepod-16", "--poll=1", "--restarts=4"]
+    env = {"FAKE": str(cloud), "TMPDIR": str(cloud)}
+    path = write_programs(cloud / "programs", gcloud=GCLOUD, python3=PYTHON)
+    words = ["--", *run] if run else []
+    return launch("tpu", *options, *words, env=env, path=path, check=check)
 
 
 def calls(cloud, word):
@@ -370,111 +333,85 @@ def calls(cloud, word):
 
 
 @pytest.mark.slow
-def test_tpu_goes_on_after_a_preemption_a_signal_and_a_reboot(cloud):
-    printed = on_cloud(cloud, "all", *RUN, plan=["preempt", "lost", "sigterm", "vanish"])
-    assert (cloud / "runs").read_text().count("run") == 5
-    assert calls(cloud, "queued-resources create") == 2
-    assert calls(cloud, "queued-resources delete") == 1
+def test_tpu_goes_on_after_a_preemption_a_signal_and_a_reboot(tmp_path):
+    printed = on_cloud(tmp_path, "all", *RUN, plan=["preempt", "lost", "sigterm", "vanish"])
+    assert (tmp_path / "runs").read_text().count("run") == 5
+    assert calls(tmp_path, "queued-resources create") == 2
+    assert calls(tmp_path, "queued-resources delete") == 1
     for host in ("0", "1"):  # the words arrived as they were given
-        assert (cloud / "hosts" / host / "words").read_text().splitlines() == RUN
-    assert (cloud / "pip").read_text().splitlines() == [
-        ".[convert] jax[tpu]"
-    ] * 4  # two hosts, twice
-    for now in (
-        "SUSPENDED",
-        "ACTIVE ended 0 ended 75 \n",
-        "ACTIVE ended 0 stopped",
-        "gone",
-        "ACTIVE ended 0 \n",
-    ):
-        assert f"is {now}" in printed or now in printed, printed
-    # The same command again: the TPU is still there, nothing is requested.
-    on_cloud(cloud, "all", *RUN)
-    assert calls(cloud, "queued-resources create") == 2
+        assert (tmp_path / "hosts" / host / "words").read_text().splitlines() == RUN
+    twice = 2 * 2  # hosts
+    assert (tmp_path / "pip").read_text().splitlines() == [".[convert] jax[tpu]"] * twice
+    after_loss, after_signal = "ACTIVE ended 0 ended 75 \n", "ACTIVE ended 0 stopped"
+    for state in ("SUSPENDED", after_loss, after_signal, "gone", "ACTIVE ended 0 \n"):
+        assert state in printed
+    # The same command finds the TPU, and requests none.
+    on_cloud(tmp_path, "all", *RUN)
+    assert calls(tmp_path, "queued-resources create") == 2
 
 
 @pytest.mark.slow
-def test_tpu_tells_of_a_failure_and_keeps_the_log(cloud):
-    done = on_cloud(cloud, "all", *RUN, plan=["crash"], check=False)
+def test_tpu_tells_of_a_failure_and_keeps_the_log(tmp_path):
+    done = on_cloud(tmp_path, "all", *RUN, plan=["crash"], check=False)
     assert done.returncode == 2
     assert "error: bad luck" in done.stdout
     assert "the run failed" in done.stderr
-    assert (cloud / "runs").read_text() == "run\n"
-    assert calls(cloud, "queued-resources delete") == 0
-    on_cloud(cloud, "delete")
-    assert not (cloud / "hosts").exists()
+    assert (tmp_path / "runs").read_text() == "run\n"
+    assert calls(tmp_path, "queued-resources delete") == 0
+    on_cloud(tmp_path, "delete")
+    assert not (tmp_path / "hosts").exists()
 
 
 @pytest.mark.slow
-def test_tpu_stops_by_hand(cloud):
-    on_cloud(cloud, "create")
-    on_cloud(cloud, "install")
-    on_cloud(cloud, "run", *RUN, plan=["wait"])
-    on_cloud(cloud, "run", *RUN, plan=["wait"])  # it runs already
-    assert (cloud / "runs").read_text() == "run\n"
-    on_cloud(cloud, "stop")
-    assert "stopped by hand" in on_cloud(cloud, "watch", *RUN)
-    assert (cloud / "runs").read_text() == "run\n"
+def test_tpu_stops_by_hand(tmp_path):
+    on_cloud(tmp_path, "create")
+    on_cloud(tmp_path, "install")
+    on_cloud(tmp_path, "run", *RUN, plan=["wait"])
+    on_cloud(tmp_path, "run", *RUN, plan=["wait"])  # it runs already
+    assert (tmp_path / "runs").read_text() == "run\n"
+    on_cloud(tmp_path, "stop")
+    assert "stopped by hand" in on_cloud(tmp_path, "watch", *RUN)
+    assert (tmp_path / "runs").read_text() == "run\n"
 
 
-SLURM = {
-    "srun": r"""#!/usr/bin/env bash
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("plan", "status", "runs"),
+    [("lost lost done", 0, 3), ("lost lost lost", 75, 3), ("crash", 2, 1)],
+)
+def test_gpu_restarts_by_itself(plan, status, runs, tmp_path):
+    install(tmp_path, "jax_cuda13_plugin")
+    write_programs(tmp_path / "bin", python=PYTHON)
+    path = write_programs(tmp_path / "programs", **{"nvidia-smi": ""})
+    home = tmp_path / "0"
+    home.mkdir()
+    (tmp_path / "plan").write_text(plan.replace(" ", "\n") + "\n")
+    options = [f"--venv={tmp_path}", "--restarts=2", "--", *RUN]
+    env = {"FAKE": str(tmp_path), "HOME": str(home)}
+    done = launch("gpu", *options, env=env, path=path, check=False)
+    assert done.returncode == status
+    assert (tmp_path / "runs").read_text() == runs * "run\n"
+    assert (home / "words").read_text().splitlines() == RUN
+
+
+SRUN = r"""
 printf '%s\n' "$@" > "$FAKE/words"
 [ ! -e "$FAKE/status" ] || exit "$(cat "$FAKE/status")"
 trap 'echo saved; exit 0' TERM
 echo "$$" > "$FAKE/pid"
 while true; do sleep 0.1; done
-""",
-    "scancel": r"""#!/usr/bin/env bash
+"""
+SCANCEL = r"""
 echo "$@" > "$FAKE/cancelled"
 kill -TERM "$(cat "$FAKE/pid")"
-""",
-    "scontrol": r"""#!/usr/bin/env bash
-echo "$@" > "$FAKE/requeued"
-""",
-}
-
-
-@pytest.mark.slow
-def test_gpu_starts_again_by_itself(cloud):
-    smi = cloud / "programs" / "nvidia-smi"
-    smi.write_text("#!/usr/bin/env bash\n")
-    smi.chmod(0o755)
-    (cloud / "lib" / "python3.12" / "site-packages" / "jax_cuda13_plugin-1.dist-info").mkdir(
-        parents=True
-    )
-    (cloud / "bin").mkdir()
-    (cloud / "bin" / "python").symlink_to(cloud / "programs" / "python3")
-    (cloud / "0").mkdir()
-
-    def run(*plan):
-        (cloud / "runs").unlink(missing_ok=True)
-        (cloud / "plan").write_text("\n".join(plan) + "\n")
-        done = launch(
-            "gpu",
-            f"--venv={cloud}",
-            "--restarts=2",
-            "--",
-            *RUN,
-            env={"FAKE": str(cloud), "HOME": str(cloud / "0")},
-            path=f"{cloud / 'programs'}:{os.environ['PATH']}",
-            check=False,
-        )
-        assert (cloud / "0" / "words").read_text().splitlines() == RUN
-        return done.returncode, (cloud / "runs").read_text().count("run")
-
-    assert run("lost", "lost", "done") == (0, 3)
-    assert run("lost", "lost", "lost") == (75, 3)
-    assert run("crash") == (2, 1)
+"""
+SCONTROL = 'echo "$@" > "$FAKE/requeued"'
 
 
 def slurm_job(folder):
     """Starts the job as Slurm does."""
-    for name, text in SLURM.items():
-        (folder / name).write_text(text)
-        (folder / name).chmod(0o755)
     environment = {
-        "PATH": f"{folder}:{os.environ['PATH']}",
+        "PATH": write_programs(folder, srun=SRUN, scancel=SCANCEL, scontrol=SCONTROL),
         "FAKE": str(folder),
         "SLURM_JOB_ID": "17",
         "BITGEN_VENV": "/shared/my venv",
@@ -508,7 +445,7 @@ def test_slurm_job_saves_and_queues_again_when_its_time_ends(tmp_path, number):
     assert (tmp_path / "words").read_text().splitlines() == words
     assert shlex.split(printed.splitlines()[0])[2:] == words
     assert (tmp_path / "cancelled").read_text() == "--signal=TERM 17\n"
-    # Preemption is Slurm's own: it queues the job again itself.
+    # After a preemption, Slurm itself queues the job again.
     assert (tmp_path / "requeued").exists() == (number == signal.SIGUSR1)
 
 
@@ -525,12 +462,11 @@ def test_local_trains_and_goes_on_as_two_processes(tmp_path):
     ]
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
-    one = [f"--venv={venv}", "--devices=2", "--"]
-    two = [f"--venv={venv}", "--devices=1", "--processes=2", f"--port={port}", "--"]
-    quick = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    launch("local", *one, *run, "--config.train.steps=1", env=quick)
+    env = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "BITGEN_VENV": str(venv)}
+    launch("local", "--devices=2", "--", *run, "--config.train.steps=1", env=env)
     assert (tmp_path / "my run" / "model" / "model.json").is_file()
-    done = launch("local", *two, *run, "--config.train.steps=2", env=quick, check=False)
+    two = ["--devices=1", "--processes=2", f"--port={port}", "--"]
+    done = launch("local", *two, *run, "--config.train.steps=2", env=env, check=False)
     assert done.returncode == 0, done.stderr
     printed = done.stdout + done.stderr
     assert f"resuming {tmp_path / 'my run'} at step 1" in printed

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: one line for bad input, and a run that survives kill -9."""
+"""The command line: one line for bad input, and a run that survives kill -9."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Settings small enough to train in seconds, for tests of everything around the models."""
+"""Settings that train in seconds, for tests of everything around the models."""
 
 import json
 from pathlib import Path
@@ -48,7 +48,7 @@ BITDANCE = {
     "mlp_multiple": 32,
 }
 
-# Family -> what makes a model of any size small.
+# Family -> the fields that make a model of any size small.
 SHRUNK = {
     "bigr": {name: value for name, value in GENERATOR.items() if name != "bits"},
     "bitdance": {
@@ -84,7 +84,7 @@ def _common(c: Any) -> Any:
 
 
 def tokenizer() -> Any:
-    """Settings of a tokenizer on 8x8 digits."""
+    """Returns the settings of a tokenizer of 8x8 digits."""
     c = _common(config.tokenizer("binary_ae", **TOKENIZER))
     c.loss.perceptual_weight = 0.0
     c.loss.gan_weight = 0.0
@@ -92,7 +92,7 @@ def tokenizer() -> Any:
 
 
 def generator(tokenizer_directory) -> Any:
-    """Settings of a generator that encodes digits as it goes."""
+    """Returns the settings of a generator that encodes digits while it trains."""
     c = _common(config.generator("bigr", **GENERATOR))
     c.sampler.iterations = 3
     c.sampler.denoiser_steps = 3
@@ -101,7 +101,7 @@ def generator(tokenizer_directory) -> Any:
 
 
 def bitdance(tokenizer_directory) -> Any:
-    """Settings of a BitDance that draws four tokens together, for two steps."""
+    """Returns the settings of two steps of a BitDance that draws four tokens together."""
     c = _common(config.generator("bitdance", **BITDANCE))
     c.train.steps = 2
     c.sampler.head_steps = 2
@@ -111,7 +111,7 @@ def bitdance(tokenizer_directory) -> Any:
 
 
 def shrunk(kind, family, fields):
-    """Returns the fields with all that makes a model large made small."""
+    """Returns the fields of a small model of the same family and variant."""
     fields = {**fields, **SHRUNK.get(family, {})}
     if family == "dcae":
         for side in ("encoder", "decoder"):
@@ -120,13 +120,13 @@ def shrunk(kind, family, fields):
             fields[f"{side}_depths"] = tuple(min(d, 1) for d in fields[f"{side}_depths"])
         fields["image_size"] = 2 ** max(5, count - 1)
         fields["latent_channels"] = 32
-    if family == "bitdance":  # layers of the head go with its modulations
+    if family == "bitdance":  # layers must be a multiple of modulations
         fields["head_layers"] = fields["head_modulations"]
     return {name: value for name, value in fields.items() if name in build.fields_of(kind, family)}
 
 
 def shrink_model(c: Any) -> None:
-    """Makes the model of a training config small, and its batches and images with it."""
+    """Makes the model, the batches and the images of a training config small."""
     family, kind = c.model.family, c.train.task
     fields = {name: value for name, value in c.model.to_dict().items() if name != "family"}
     c.model = build.model_config(kind, family, **shrunk(kind, family, fields))
@@ -137,7 +137,7 @@ def shrink_model(c: Any) -> None:
 
 
 def rows(workdir: Path) -> list[dict[str, Any]]:
-    """What a run logged at each step, without what depends on the machine."""
+    """Returns what a run logged at each step, except for what depends on the machine."""
     speed = ("images_per_second", "data_wait", "mfu")
     text = (workdir / "metrics.jsonl").read_text()
     found = [json.loads(line) for line in text.splitlines()]
@@ -145,7 +145,7 @@ def rows(workdir: Path) -> list[dict[str, Any]]:
 
 
 def random_params(module: Any) -> Any:
-    """Parameters that are nowhere zero, so that labels, steps and neighbours matter."""
+    """Returns parameters without zeros, so that labels, steps and neighbours matter."""
     rng = np.random.default_rng(0)
 
     def values(leaf):
@@ -157,7 +157,7 @@ def random_params(module: Any) -> Any:
 
 
 def write_models(folder: Path, generator: str = "bigr") -> tuple[Path, Path]:
-    """Writes a generator with random weights and its tokenizer as runs leave them: DIR/*/model."""
+    """Writes a random generator and its tokenizer to FOLDER/KIND/model; returns both paths."""
     fields = {"bigr": GENERATOR, "bitdance": BITDANCE}[generator]
     origin, paths = {}, []
     for kind, family, hparams in (
