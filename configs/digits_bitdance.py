@@ -7,13 +7,8 @@ writes samples.png. A classifier recognises 99, 99 and 98 of the 100 digits draw
 (tests/digits.py). Measured on 2 busy CPU cores: 17 minutes for 4x, half an hour for 16x.
 """
 
-import pathlib
-import runpy
-
 from bitgen import config
 from bitgen.errors import choose
-
-_RECIPE = runpy.run_path(str(pathlib.Path(__file__).parent / "digits_bigr.py"))["recipe"]
 
 SIZES = {"1x": 1, "4x": 4, "16x": 16}
 
