@@ -233,7 +233,7 @@ def imagenet_generator(name: str, **fields: Any) -> Any:
     entry = zoo.get(name)
     config = generator(entry.family, **entry.hparams, **fields, dtype="bfloat16")
     config.tokenizer = f"zoo:{entry.tokenizer}"
-    _imagenet(config, entry.pixels)
+    _imagenet(config, 16 * config.model.grid[0])  # every released tokenizer has stride 16
     _authors_adamw(config)
     config.sample.labels = SHOWN_CLASSES
     return config

@@ -1,5 +1,7 @@
 """The error that a user sees as a single line, without a traceback."""
 
+import errno
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +15,18 @@ class UserError(Exception):
 def first_line(error: BaseException) -> str:
     """Returns the first line of an error's message, or the name of its type if it has none."""
     return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Returns whether an error, or one that caused it, is of a disk without space."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        # TensorStore's errors have no number.
+        if any(os.strerror(e) in str(error) for e in (errno.ENOSPC, errno.EDQUOT)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def choose(kind: str, name: str, choices: Any) -> Any:

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 
 from bitgen.errors import UserError
@@ -17,10 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Converts; returns the exit status: 0, or 2 after one message about bad input."""
     try:
         _run(_parse(argv))
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except OSError as e:
+    except (UserError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -80,9 +78,8 @@ def _run(args: argparse.Namespace) -> None:
         notes = [f"{info['family']} {info['kind']}, {sizes}", f"{parameters / 1e6:.1f}M parameters"]
         if plan.carried:
             notes.append(f"{len(plan.carried)} tensors kept aside")
-        for reason in dict.fromkeys(plan.ignored.values()):
-            count = list(plan.ignored.values()).count(reason)
-            notes.append(f"{count} ignored: {reason}")
+        ignored = Counter(plan.ignored.values())
+        notes += [f"{count} ignored: {reason}" for reason, count in ignored.items()]
         log_info(f"wrote {args.output}: {'; '.join(notes)}")
 
 

@@ -1,7 +1,8 @@
 """Conversion table of BiGR (haoosz/BiGR); released files hold `{"ema": state dict}`."""
 
+import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,12 @@ from bitgen.convert.entries import (
     Entry,
     Rule,
     Shape,
-    attention_kernels,
     count_numbered,
     dense,
-    layer_rule,
     renamed,
     shape_votes,
     squeeze,
+    transformer_layers,
 )
 from bitgen.errors import UserError
 from bitgen.generators.bigr import BiGR
@@ -41,6 +41,7 @@ _REFERENCE_NAMES = {
     "rope_base": "rope_base",
     "cls_token_num": "class_tokens",
 }
+_MLP = {"w1": ("gate", LINEAR), "w3": ("up", LINEAR), "w2": ("down", LINEAR)}
 _HEAD_DIM = 64  # of every released size
 _MULTIPLES = (256, 128, 64, 32, 16, 8, 4, 2, 1)  # tried in this order
 
@@ -51,16 +52,15 @@ def hparams_from_reference(reference: Mapping[str, Any]) -> dict[str, Any]:
     Raises UserError if the tokens are not a square grid or differ from the learned positions.
     """
     # The original's defaults where they are not ours.
-    found = {"adaln": False, "predict_flip": False, **renamed(reference, _REFERENCE_NAMES)}
+    defaults = {"adaln": False, "predict_flip": False}
     tokens = reference.get("block_size", 256)
     side = math.isqrt(tokens)
     if side * side != tokens or reference.get("seq_len", tokens) != tokens:
         raise UserError(
             f"block_size {tokens} must be a square and equal seq_len {reference.get('seq_len')}"
         )
-    found["grid"] = (side, side)
-    found["rope_base"] = float(found.get("rope_base", 10_000.0))
-    return found
+    found = {**defaults, **renamed(reference, _REFERENCE_NAMES), "grid": (side, side)}
+    return {**found, "rope_base": float(found.get("rope_base", 10_000.0))}
 
 
 def table(hparams: Mapping[str, Any]) -> list[Entry]:
@@ -72,16 +72,18 @@ def table(hparams: Mapping[str, Any]) -> list[Entry]:
         Rule("cls_embedding.embedding_table.weight", "class_embedding"),
         *dense("tok_embeddings", "bits_embedding"),
         Rule("norm.weight", "norm/scale"),
-        *_layers(config),
+        *transformer_layers(config.width, config.heads, _MLP),
         *_denoiser(),
     ]
     if config.adaln:
         entries += dense("adaLN.1", "adaln")
-        entries.append(layer_rule("ada_gss", "modulation_offset", squeeze(0, 1)))
+        offset = "layers/modulation_offset"
+        entries.append(Rule("layers.{layer}.ada_gss", offset, squeeze(0, 1), stack="layer"))
     entries.append(Alias("diffusion_processor._denoise_fn.{name*}", of="denoise_mlp.{name*}"))
     steps = (config.diffusion_steps + 1,)
     for name in ("k_final", "b_final", "beta", "cumbeta"):
-        entries.append(Constant(f"diffusion_processor.scheduler.{name}", _schedule(name), steps))
+        make = functools.partial(_schedule, name)
+        entries.append(Constant(f"diffusion_processor.scheduler.{name}", make, steps))
     return entries
 
 
@@ -144,21 +146,8 @@ def noise_schedule(steps: int) -> dict[str, np.ndarray]:
     }
 
 
-def _schedule(name: str) -> Callable[[Mapping[str, Any]], np.ndarray]:
-    return lambda hparams: noise_schedule(BiGR(**hparams).diffusion_steps)[name]
-
-
-def _layers(config: BiGR) -> list[Entry]:
-    qkv, out = attention_kernels(config.width, config.heads)
-    return [
-        layer_rule("attention.wqkv.weight", "attention/qkv/kernel", qkv),
-        layer_rule("attention.wo.weight", "attention/out/kernel", out),
-        layer_rule("feed_forward.w1.weight", "mlp/gate/kernel", LINEAR),
-        layer_rule("feed_forward.w3.weight", "mlp/up/kernel", LINEAR),
-        layer_rule("feed_forward.w2.weight", "mlp/down/kernel", LINEAR),
-        layer_rule("attention_norm.weight", "attention_norm/scale"),
-        layer_rule("ffn_norm.weight", "mlp_norm/scale"),
-    ]
+def _schedule(name: str, hparams: Mapping[str, Any]) -> np.ndarray:
+    return noise_schedule(BiGR(**hparams).diffusion_steps)[name]
 
 
 def _denoiser() -> list[Entry]:
@@ -173,7 +162,5 @@ def _denoiser() -> list[Entry]:
         "final_layer.linear": "final/linear",
         "final_layer.adaLN_modulation.1": "final/modulation",
     }
-    entries: list[Entry] = []
-    for torch, ours in names.items():
-        entries += dense(f"denoise_mlp.{torch}", f"denoiser/{ours}")
-    return entries
+    pairs = ((f"denoise_mlp.{torch}", f"denoiser/{ours}") for torch, ours in names.items())
+    return [entry for pair in pairs for entry in dense(*pair)]

@@ -9,19 +9,21 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from bitgen.convert import patchgan
 from bitgen.convert.entries import (
-    CONV,
     POINTWISE,
     Carry,
     Entry,
     Ignore,
     Rule,
     Shape,
+    conv,
+    norm,
     renamed,
     shape_votes,
     weights,
-    zeros,
 )
 from bitgen.errors import UserError
 from bitgen.tokenizers.binary_ae import BinaryAutoencoder, decoder_layout, encoder_layout
@@ -115,18 +117,15 @@ def recognise(shapes: Mapping[str, Shape]) -> dict[str, Any] | None:
     if not encoder or not decoder or not width or bits is None or embed_dim is None:
         return None
 
-    levels = _levels(encoder)
-    multipliers = []
+    levels, multipliers, start = encoder.split("c"), [], 0
     for level in levels:
-        res = next((i for i, kind in level if kind == "res"), -1)
-        channels = shape_votes(shapes, rf"encoder\.blocks\.{res}\.(conv2|norm2)\.bias", 0, 0)
-        multipliers.append((channels or 0) // width)
-    blocks = [kind for _, kind in levels[0]].count("res") - (2 if len(levels) == 1 else 0)
-    decoder_blocks = (decoder.count("res") - 2) // len(levels)
+        block = rf"encoder\.blocks\.{start + level.find('r')}\.(conv2|norm2)\.bias"
+        multipliers.append((shape_votes(shapes, block, 0) or 0) // width)
+        start += len(level) + 1
+    levels[-1] = levels[-1].rstrip(".").removesuffix("rar")  # in the middle of the model
+    blocks, decoder_blocks = levels[0].count("r"), (decoder.count("r") - 2) // len(levels)
     # The map is 16x16 in the first level with attention, if any.
-    inner = [[kind for _, kind in level] for level in levels]
-    inner[-1] = inner[-1][:-3] if inner[-1][-3:] == ["res", "attn", "res"] else inner[-1]
-    attended = [i for i, kinds in enumerate(inner) if "attn" in kinds]
+    attended = [i for i, level in enumerate(levels) if "a" in level]
     image_size = 16 * 2 ** attended[-1] if attended else 32 * 2 ** (len(levels) - 1)
     hparams = {
         "channels": shape_votes(shapes, r"encoder\.blocks\.0\.weight", 1, 3),
@@ -138,37 +137,43 @@ def recognise(shapes: Mapping[str, Shape]) -> dict[str, Any] | None:
         "image_size": image_size,
         "attention_resolutions": tuple(image_size // 2**i for i in attended) or (16,),
         "decoder_multiplier": _multiplier(blocks, decoder_blocks),
-        "norm_first": decoder.index("res") == 2 if "res" in decoder else False,
+        "norm_first": decoder.find("r") == 2,
         "deterministic": False,
         "signed": False,
     }
     config = BinaryAutoencoder(**hparams)
-    layouts = [_of_layout(encoder_layout(config)), _of_layout(decoder_layout(config))]
-    return hparams if layouts == [encoder, decoder] else None
+    letters = {"res": "r", "attn": "a", "down": "c", "up": "c", "norm": ".", "conv": "."}
+    for found, layout in ((encoder, encoder_layout(config)), (decoder, decoder_layout(config))):
+        if found != "".join(letters[kind] for kind, _, _ in layout):
+            return None
+    return hparams
 
 
 def _block(kind: str, inputs: int, outputs: int, torch: str, ours: str) -> list[Entry]:
     if kind == "norm":
-        return [*weights(torch, ours, kernel="scale")]
+        return norm(torch, ours)
     if kind == "conv":
-        return [*weights(torch, ours, CONV)]
+        return conv(torch, ours)
     if kind in ("down", "up"):
-        return [*weights(f"{torch}.conv", f"{ours}/conv", CONV)]
+        return conv(f"{torch}.conv", f"{ours}/conv")
     if kind == "attn":
-        entries: list[Entry] = [*weights(f"{torch}.norm", f"{ours}/norm", kernel="scale")]
+        entries = norm(f"{torch}.norm", f"{ours}/norm")
         for name in ("q", "k", "v", "proj_out"):
             entries += weights(f"{torch}.{name}", f"{ours}/{name}", POINTWISE)
         return entries
     entries = []
     for i in (1, 2):
-        entries += weights(f"{torch}.norm{i}", f"{ours}/norm{i}", kernel="scale")
-        entries += weights(f"{torch}.conv{i}", f"{ours}/conv{i}", CONV)
+        entries += norm(f"{torch}.norm{i}", f"{ours}/norm{i}")
+        entries += conv(f"{torch}.conv{i}", f"{ours}/conv{i}")
     if inputs != outputs:
         return [*entries, *weights(f"{torch}.conv_out", f"{ours}/conv_out", POINTWISE)]
     reason = "projection of a skip whose width does not change, used by no computation"
-    entries.append(Carry(f"{torch}.conv_out.weight", reason, (outputs, inputs, 1, 1), zeros))
-    entries.append(Carry(f"{torch}.conv_out.bias", reason, (outputs,), zeros))
-    return entries
+    shapes = {"weight": (outputs, inputs, 1, 1), "bias": (outputs,)}
+    return [*entries, *_unused(f"{torch}.conv_out", reason, shapes)]
+
+
+def _unused(torch: str, reason: str, shapes: Mapping[str, Shape]) -> list[Entry]:
+    return [Carry(f"{torch}.{name}", reason, shape, np.float32) for name, shape in shapes.items()]
 
 
 def _log_sigma(torch: str, config: BinaryAutoencoder) -> list[Entry]:
@@ -180,42 +185,25 @@ def _log_sigma(torch: str, config: BinaryAutoencoder) -> list[Entry]:
         "2.weight": (channels, width, 1, 1),
         "2.bias": (channels,),
     }
-    return [Carry(f"{torch}.{name}", reason, shape, zeros) for name, shape in shapes.items()]
+    return _unused(torch, reason, shapes)
 
 
-def _kinds(shapes: Mapping[str, Shape], side: str) -> list[str]:
-    """Kind of every block: res, attn, conv ('down' and 'up') or plain (a norm or convolution)."""
+def _kinds(shapes: Mapping[str, Shape], side: str) -> str:
+    """A letter for each block: r residual, a attention, c one that resamples, or a dot."""
     tensors: dict[int, set[str]] = {}
     for name in shapes:
         if (found := _BLOCK.fullmatch(name)) and found["side"] == side and not found["prefix"]:
             tensors.setdefault(int(found["index"]), set()).add(name.split(".")[3])
-    kinds = []
+    kinds = ""
     for i in range(max(tensors, default=-1) + 1):
         parts = tensors.get(i, set())
         if parts & {"conv1", "conv2", "norm1", "norm2", "conv_out"}:
-            kinds.append("res")
+            kinds += "r"
         elif parts & {"q", "k", "v", "proj_out"}:
-            kinds.append("attn")
+            kinds += "a"
         else:
-            kinds.append("conv" if "conv" in parts else "plain")
+            kinds += "c" if "conv" in parts else "."
     return kinds
-
-
-def _of_layout(layout: list[tuple[str, int, int]]) -> list[str]:
-    """The kinds of a layout, in the words of `_kinds`."""
-    words = {"res": "res", "attn": "attn", "down": "conv", "up": "conv"}
-    return [words.get(kind, "plain") for kind, _, _ in layout]
-
-
-def _levels(kinds: list[str]) -> list[list[tuple[int, str]]]:
-    """The encoder's residual and attention blocks with their positions, level by level."""
-    levels: list[list[tuple[int, str]]] = [[]]
-    for i, kind in enumerate(kinds):
-        if kind == "conv":
-            levels.append([])
-        elif kind != "plain":
-            levels[-1].append((i, kind))
-    return levels
 
 
 def _multiplier(blocks: int, decoder_blocks: int) -> float:

@@ -3,11 +3,11 @@
 Released files hold `{"model": ..., "ema": ...}`, state dicts that repeat the tokenizer as `vae.*`.
 """
 
-import functools
 import math
 from collections.abc import Mapping
 from typing import Any
 
+from bitgen import build
 from bitgen.convert import gfq_ae
 from bitgen.convert.entries import (
     LINEAR,
@@ -19,11 +19,13 @@ from bitgen.convert.entries import (
     attention_kernels,
     count_numbered,
     dense,
-    layer_rule,
+    norm,
     renamed,
     shape_votes,
     squeeze,
+    transformer_layers,
 )
+from bitgen.convert.rules import torch_shapes
 from bitgen.generators.bitdance import BitDance
 from bitgen.nn.mlp import swiglu_width
 
@@ -52,6 +54,7 @@ _GATE_UP = Transform(
     lambda x: x.reshape(2, -1, x.shape[-1]).transpose(2, 0, 1),
     lambda x: x.transpose(1, 2, 0).reshape(-1, len(x)),
 )
+_MLP = {"w1": ("gate_up", _GATE_UP), "w2": ("out", LINEAR)}
 _VAE = "the tokenizer that the original keeps in the same file"
 
 
@@ -83,14 +86,15 @@ def table(hparams: Mapping[str, Any], vae: Mapping[str, Any] | None = None) -> l
         Rule("emb_norm.weight", "input_norm/scale"),
         Rule("norm.weight", "norm/scale"),
         *_gated("proj_in", "bits_in"),
-        *_layers(config),
+        *transformer_layers(config.width, config.heads, _MLP),
         *_head(config),
     ]
     if config.together > 1:
         entries.append(Rule("query_token", "query_tokens", squeeze(0)))
     if vae is not None:
-        lists = ((k, tuple(v) if isinstance(v, list) else v) for k, v in vae.items())
-        entries += _carried(tuple(sorted(lists)))
+        target = build.param_shapes(build.make_module("tokenizer", "gfq_ae", dict(vae)))
+        shapes = torch_shapes(gfq_ae.table(vae), target)
+        entries += [Carry(f"vae.{name}", _VAE, shape) for name, shape in shapes.items()]
     return entries
 
 
@@ -140,12 +144,6 @@ def wrapping(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     return {"vae": gfq_ae.recognise(inner)}
 
 
-@functools.cache
-def _carried(vae: tuple[tuple[str, Any], ...]) -> list[Entry]:
-    shapes = gfq_ae.torch_shapes(dict(vae))
-    return [Carry(f"vae.{name}", _VAE, shape) for name, shape in shapes.items()]
-
-
 def _gated(torch: str, ours: str) -> list[Entry]:
     """w1 is gate and input, one above the other: [2 hidden, d] -> [d, 2, hidden]."""
     bias = Transform(lambda x: x.reshape(2, -1), lambda x: x.reshape(-1))
@@ -153,18 +151,6 @@ def _gated(torch: str, ours: str) -> list[Entry]:
         Rule(f"{torch}.w1.weight", f"{ours}/gate_up/kernel", _GATE_UP),
         Rule(f"{torch}.w1.bias", f"{ours}/gate_up/bias", bias),
         *dense(f"{torch}.w2", f"{ours}/out"),
-    ]
-
-
-def _layers(config: BitDance) -> list[Entry]:
-    qkv, out = attention_kernels(config.width, config.heads)
-    return [
-        layer_rule("attention.wqkv.weight", "attention/qkv/kernel", qkv),
-        layer_rule("attention.wo.weight", "attention/out/kernel", out),
-        layer_rule("feed_forward.w1.weight", "mlp/gate_up/kernel", _GATE_UP),
-        layer_rule("feed_forward.w2.weight", "mlp/out/kernel", LINEAR),
-        layer_rule("attention_norm.weight", "attention_norm/scale"),
-        layer_rule("ffn_norm.weight", "mlp_norm/scale"),
     ]
 
 
@@ -181,14 +167,11 @@ def _head(config: BitDance) -> list[Entry]:
         "final_layer.linear": "final",
     }.items():
         entries += dense(net + torch, f"head/{ours}")
-    norms = (
-        {"norm1": "attention_norm", "norm2": "norm"} if config.together > 1 else {"norm": "norm"}
-    )
+    norms = {"norm": "norm"}
+    if config.together > 1:
+        norms = {"norm1": "attention_norm", "norm2": "norm"}
     for torch, ours in norms.items():
-        entries += [
-            Rule(f"{block}{torch}.weight", f"head/blocks_{{block}}/{ours}/scale"),
-            Rule(f"{block}{torch}.bias", f"head/blocks_{{block}}/{ours}/bias"),
-        ]
+        entries += norm(block + torch, f"head/blocks_{{block}}/{ours}")
     entries += _gated(block.rstrip("."), "head/blocks_{block}/mlp")
     if config.together > 1:
         heads = max(1, config.head_width // _HEAD_DIM)

@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 
 from bitgen.convert.entries import (
-    CONV,
     POINTWISE,
     Constant,
     Entry,
     Ignore,
     Rule,
     Shape,
+    conv,
     count_numbered,
+    norm,
     renamed,
     shape_votes,
     weights,
@@ -52,8 +53,11 @@ _TRAINING_ONLY = {
     "image_disc": "discriminator, in a file of its own when released",
     "video_disc": "discriminator for videos",
 }
-_CONV_LEVEL = re.compile(r"((?:.*\.)?(?:conv\w*|nin_shortcut))\.conv\.(weight|bias)")
-_NORM_LEVEL = re.compile(r"((?:.*\.)?norm\w*)\.norm\.(weight|bias)")
+# What a name ends in, in convolutions and in norms, if they have a level more.
+_LEVELS = {
+    "conv_level": re.compile(r"((?:.*\.)?(?:conv\w*|nin_shortcut))\.conv\.(weight|bias)"),
+    "norm_level": re.compile(r"((?:.*\.)?norm\w*)\.norm\.(weight|bias)"),
+}
 
 
 def hparams_from_reference(reference: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,7 +69,6 @@ def hparams_from_reference(reference: Mapping[str, Any]) -> dict[str, Any]:
     for name, needed in _UNSUPPORTED.items():
         if reference.get(name, needed) != needed:
             raise UserError(f"{name}={reference[name]!r} cannot be imported, only {needed!r}")
-    found = renamed(reference, _REFERENCE_NAMES)
     multipliers = reference.get("encoder_ch_mult", reference.get("ch_mult", (1, 2, 4, 4, 4)))
     stride = reference.get("patch_size", 16)
     if tuple(reference.get("decoder_ch_mult", multipliers)) != tuple(multipliers):
@@ -75,7 +78,7 @@ def hparams_from_reference(reference: Mapping[str, Any]) -> dict[str, Any]:
             f"patch_size {stride} with {len(multipliers)} levels cannot be imported, only "
             f"{2 ** (len(multipliers) - 1)}"
         )
-    found["multipliers"] = tuple(multipliers)
+    found = renamed({**reference, "ch_mult": multipliers}, _REFERENCE_NAMES)
     return {**found, **_patches(reference["codebook_dim"], stride)}
 
 
@@ -88,23 +91,23 @@ def table(
     level `.conv` and `.norm`, as `wrapping` finds out.
     """
     config = BitVAE(**hparams)
-    conv, norm = ".conv" if conv_level else "", ".norm" if norm_level else ""
+    # The level of names in convolutions and in norms.
+    c, n = ".conv" if conv_level else "", ".norm" if norm_level else ""
     entries: list[Entry] = []
-
     for side, blocks in (("encoder", encoder_blocks(config)), ("decoder", decoder_blocks(config))):
         for name in ("conv_in", "conv_out"):
-            entries += weights(f"{side}.{name}{conv}", f"{side}/{name}", CONV)
-        entries += weights(f"{side}.norm_out{norm}", f"{side}/norm_out", kernel="scale")
+            entries += conv(f"{side}.{name}{c}", f"{side}/{name}")
+        entries += norm(f"{side}.norm_out{n}", f"{side}/norm_out")
         for block, inputs, outputs in blocks:
             torch, ours = f"{side}.{_torch_name(block)}", f"{side}/{block}"
             if block.endswith("sample"):
-                entries += weights(f"{torch}.conv{conv}", f"{ours}/conv", CONV)
+                entries += conv(f"{torch}.conv{c}", f"{ours}/conv")
                 continue
             for i in (1, 2):
-                entries += weights(f"{torch}.norm{i}{norm}", f"{ours}/norm{i}", kernel="scale")
-                entries += weights(f"{torch}.conv{i}{conv}", f"{ours}/conv{i}", CONV)
+                entries += norm(f"{torch}.norm{i}{n}", f"{ours}/norm{i}")
+                entries += conv(f"{torch}.conv{i}{c}", f"{ours}/conv{i}")
             if inputs != outputs:
-                entries += weights(f"{torch}.nin_shortcut{conv}", f"{ours}/conv_out", POINTWISE)
+                entries += weights(f"{torch}.nin_shortcut{c}", f"{ours}/conv_out", POINTWISE)
     # One module under two names, with the place values of the bits in a number.
     for name in ("quantizer", "quantize"):
         size = (config.code_channels,)
@@ -115,10 +118,7 @@ def table(
 
 def wrapping(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     """Returns what `table` needs to know of a file besides the settings: how names are spelt."""
-    return {
-        "conv_level": any(_CONV_LEVEL.fullmatch(name) for name in shapes),
-        "norm_level": any(_NORM_LEVEL.fullmatch(name) for name in shapes),
-    }
+    return {key: any(map(level.fullmatch, shapes)) for key, level in _LEVELS.items()}
 
 
 def recognise(shapes: Mapping[str, Shape]) -> dict[str, Any] | None:
@@ -164,13 +164,11 @@ def _patches(channels: int, stride: int) -> dict[str, int]:
 
 def _torch_name(block: str) -> str:
     """down_1_block_0 -> down.1.block.0, up_1_upsample -> up.1.upsample, mid_block_1 as it is."""
-    if block.startswith("mid_"):
-        return block.replace("_", ".", 1)
-    return block.replace("_", ".")
+    return block.replace("_", ".", 1 if block.startswith("mid_") else -1)
 
 
 def _plain(name: str) -> str:
-    for level in (_CONV_LEVEL, _NORM_LEVEL):
+    for level in _LEVELS.values():
         if found := level.fullmatch(name):
             return f"{found[1]}.{found[2]}"
     return name

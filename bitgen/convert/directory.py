@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -12,14 +13,14 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 from flax.errors import FlaxError
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
 from bitgen import build
 from bitgen.convert import bigr, binary_ae, bitdance, bitvae, dcae, gfq_ae
 from bitgen.convert.entries import Shape
 from bitgen.convert.files import TORCH_SUFFIXES, Tensors, check_space, open_tensors, write_torch
 from bitgen.convert.rules import Plan, check_aliases, export_tensors, plan_import, read_slices
-from bitgen.errors import UserError, choose
+from bitgen.errors import UserError, choose, first_line
 from bitgen.hub import model_directory, zoo
 from bitgen.hub.streaming import LazyArray
 from bitgen.runtime.progress import ProgressBar
@@ -100,7 +101,7 @@ def import_file(
     info = {
         "kind": kind,
         "family": family,
-        "hparams": {**_defaults(kind, family), **hparams},
+        "hparams": zoo.complete(kind, family, hparams),
         "origin": {
             "file": tensors.path.name,
             "bytes": tensors.path.stat().st_size,
@@ -111,7 +112,7 @@ def import_file(
         "wrapping": wrapping,
     }
     with ProgressBar("converting", total, unit="B", lines=False) as bar:
-        params = _lazy_params(plan, tensors, target, to_dtype, bar)
+        params = _lazy_params(plan, tensors, to_dtype, bar)
         carried = _counted(bar, ((name, tensors[name]) for name in plan.carried))
         model_directory.write(directory, info, params, carried)
     return Imported(model_directory.read_info(directory), count, plan)
@@ -161,18 +162,18 @@ def _export(directory: str | os.PathLike) -> _Export:
     """Returns the PyTorch tensors of a model directory, each to be made when it is asked for."""
     info = model_directory.read_info(directory)
     kind, convert, _ = choose("family", info["family"], FAMILIES)
-    hparams = {name: _tuples(value) for name, value in info["hparams"].items()}
+    hparams, wrapping = zoo.tuples(info["hparams"]), zoo.tuples(info.get("wrapping", {}))
     target = _target(kind, info["family"], hparams)
     params = model_directory.open_params(directory)
     carried = model_directory.load_carried(directory)
     try:
-        table = convert.table(hparams, **info.get("wrapping", {}))
-        tensors = export_tensors(table, params, carried, hparams, target)
+        tensors = export_tensors(
+            convert.table(hparams, **wrapping), params, carried, hparams, target
+        )
     except UserError as e:
         raise UserError(f"{directory} cannot be written as a PyTorch file; {e}") from None
-    stored = [(x.dtype.itemsize, x.shape) for x in jax.tree.leaves(params)]
-    size = sum(itemsize * math.prod(shape) for itemsize, shape in stored)
-    size += sum(x.nbytes for x in carried.values())
+    arrays = [*jax.tree.leaves(params), *carried.values()]
+    size = sum(x.dtype.itemsize * math.prod(x.shape) for x in arrays)
     return _Export(info["family"], tensors, bool(carried), size)
 
 
@@ -205,28 +206,20 @@ def _target(kind: str, family: str, hparams: Mapping[str, Any]) -> dict[str, Any
     try:
         return build.param_shapes(build.make_module(kind, family, dict(hparams)))
     except (ValueError, TypeError, ZeroDivisionError, FlaxError) as e:
-        reason = str(e).split("\n")[0]
-        raise UserError(f"its sizes make no model ({reason}): {dict(hparams)}") from None
+        raise UserError(f"its sizes make no model ({first_line(e)}): {dict(hparams)}") from None
 
 
-def _defaults(kind: str, family: str) -> dict[str, Any]:
-    fields = build.fields_of(kind, family)
-    return {name: value for name, value in fields.items() if name not in build.RUN_FIELDS}
-
-
-def _lazy_params(
-    plan: Plan, tensors: Tensors, target: Mapping, dtype: np.dtype, bar: ProgressBar
-) -> dict[str, Any]:
+def _lazy_params(plan: Plan, tensors: Tensors, dtype: np.dtype, bar: ProgressBar) -> dict[str, Any]:
     """Returns our nested parameters, each to be read from the file when it is asked for."""
+    fills = defaultdict(list)
+    for fill in plan.fills:
+        fills[fill.path].append(fill)
 
     def lazy(path: str, shape: Shape) -> LazyArray:
-        fills = [fill for fill in plan.fills if fill.path == path]
-
         def make() -> np.ndarray:
             array = np.empty(shape, dtype)
-            part = dataclasses.replace(plan, fills=fills)
             try:
-                for fill, value in read_slices(part, tensors, dtype):
+                for fill, value in read_slices(fills[path], tensors, dtype):
                     array[... if fill.index is None else fill.index] = value
                     bar.add(value.nbytes)
             except UserError as e:
@@ -235,12 +228,8 @@ def _lazy_params(
 
         return LazyArray(shape, dtype, make)
 
-    flat = flatten_dict(target, sep="/")
-    return unflatten_dict({path: lazy(path, leaf.shape) for path, leaf in flat.items()}, sep="/")
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    leaves = {path: lazy(path, shape) for path, shape in plan.leaves.items()}
+    return unflatten_dict(leaves, sep="/")
 
 
 def _counted(

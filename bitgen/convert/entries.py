@@ -7,7 +7,7 @@ PyTorch's names, `/` in our paths), `{x*}` for any run, separators too.
 import functools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,19 +89,14 @@ class Constant:
 class Carry:
     """A tensor that the original's loader demands and our model does not use: kept aside.
 
-    A name without placeholders must be in the file. `default` makes it, given `shape`, for the
-    export of a model that was not imported.
+    A name without placeholders must be in the file. The export of a model that was not imported
+    writes zeros of `shape` and of the type `zeros`, if it is given.
     """
 
     torch: str
     reason: str
     shape: Shape | None = None
-    default: Callable[[Shape], np.ndarray] | None = None
-
-
-def zeros(shape: Shape) -> np.ndarray:
-    """Returns float32 zeros: a default for `Carry`."""
-    return np.zeros(shape, np.float32)
+    zeros: Any = None
 
 
 @dataclass(frozen=True)
@@ -117,23 +112,34 @@ Table = Sequence[Entry]
 
 
 def weights(
-    torch: str, ours: str, transform: Transform = SAME, kernel: str = "kernel"
+    torch: str, ours: str, transform: Transform = SAME, kernel: str = "kernel", **stacked: Any
 ) -> list[Entry]:
-    """Returns the entries of a layer's weight, which is our leaf `kernel`, and its bias."""
+    """Returns the rules of a layer's weight, which is our leaf `kernel`, and of its bias."""
     return [
-        Rule(f"{torch}.weight", f"{ours}/{kernel}", transform),
-        Rule(f"{torch}.bias", f"{ours}/bias"),
+        Rule(f"{torch}.weight", f"{ours}/{kernel}", transform, **stacked),
+        Rule(f"{torch}.bias", f"{ours}/bias", **stacked),
     ]
 
 
 def dense(torch: str, ours: str) -> list[Entry]:
-    """Returns the entries of a linear layer with a bias."""
+    """Returns the rules of a linear layer with a bias."""
     return weights(torch, ours, LINEAR)
 
 
-def layer_rule(torch: str, ours: str, transform: Transform = SAME) -> Rule:
-    """Returns the rule of a transformer's tensor, one for each of the layers that we stack."""
-    return Rule(f"layers.{{layer}}.{torch}", f"layers/{ours}", transform, stack="layer")
+def conv(torch: str, ours: str) -> list[Entry]:
+    """Returns the rules of a convolution with a bias."""
+    return weights(torch, ours, CONV)
+
+
+def norm(torch: str, ours: str) -> list[Entry]:
+    """Returns the rules of a norm with a scale and a bias."""
+    return weights(torch, ours, kernel="scale")
+
+
+def batch_counter(torch: str) -> Carry:
+    """Returns the entry of PyTorch's int64 counter in a batch norm."""
+    reason = "number of batches that batch normalisation has seen, used by no computation"
+    return Carry(f"{torch}.num_batches_tracked", reason, (), np.int64)
 
 
 def attention_kernels(width: int, heads: int) -> tuple[Transform, Transform]:
@@ -148,6 +154,28 @@ def attention_kernels(width: int, heads: int) -> tuple[Transform, Transform]:
         lambda x: x.reshape(width, width).T,
     )
     return qkv, out
+
+
+def transformer_layers(
+    width: int, heads: int, mlp: Mapping[str, tuple[str, Transform]]
+) -> list[Entry]:
+    """Returns the rules of a transformer's tensors, one for each of the layers that we stack.
+
+    `mlp` maps the names of the feed-forward weights to ours and their transforms.
+    """
+    qkv, out = attention_kernels(width, heads)
+    tensors = {
+        "attention.wqkv": ("attention/qkv/kernel", qkv),
+        "attention.wo": ("attention/out/kernel", out),
+        "attention_norm": ("attention_norm/scale", SAME),
+        "ffn_norm": ("mlp_norm/scale", SAME),
+    }
+    for name, (ours, transform) in mlp.items():
+        tensors[f"feed_forward.{name}"] = (f"mlp/{ours}/kernel", transform)
+    return [
+        Rule(f"layers.{{layer}}.{name}.weight", f"layers/{ours}", transform, stack="layer")
+        for name, (ours, transform) in tensors.items()
+    ]
 
 
 _FIELD = re.compile(r"\{(\w+)(\*?)\}")
@@ -174,11 +202,14 @@ def _pattern(template: str, separator: str) -> re.Pattern:
 
 
 class Matcher:
-    """Finds the entries whose template, the attribute `side`, matches a name."""
+    """Finds the entries of some kinds whose template, `torch`, `of` or `ours`, matches a name."""
 
-    def __init__(self, entries: Iterable[Any], side: str, separator: str):
+    def __init__(self, table: Table, kinds: Any, side: str):
         self.exact, self.patterns = defaultdict(list), []
-        for entry in entries:
+        separator = "/" if side == "ours" else "."
+        for entry in table:
+            if not isinstance(entry, kinds):
+                continue
             template = getattr(entry, side)
             if placeholders(template):
                 self.patterns.append((entry, _pattern(template, separator)))
@@ -193,18 +224,16 @@ class Matcher:
 
 
 def renamed(reference: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Returns the original's hyper-parameters that `names` has, under our names."""
+    """Returns an original's hyper-parameters by our names, lists as tuples.
+
+    `names` maps theirs to ours; what is not in it, or is None, is left out.
+    """
+    found = {ours: reference.get(theirs) for theirs, ours in names.items()}
     return {
-        ours: tuple(value) if isinstance(value := reference[theirs], list | tuple) else value
-        for theirs, ours in names.items()
-        if theirs in reference
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in found.items()
+        if value is not None
     }
-
-
-def batch_counter(torch: str) -> Carry:
-    """Returns the entry of a PyTorch batch norm's counter, which is int64."""
-    reason = "number of batches that batch normalisation has seen, used by no computation"
-    return Carry(f"{torch}.num_batches_tracked", reason, (), lambda s: np.zeros(s, np.int64))
 
 
 def shape_votes(

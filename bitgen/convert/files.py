@@ -4,7 +4,6 @@ Loading runs no code: a pickle that holds anything but tensors and plain values 
 """
 
 import ctypes
-import errno
 import json
 import math
 import mmap
@@ -26,9 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from bitgen.convert.entries import Shape
-from bitgen.convert.faults import show
 from bitgen.convert.rules import to_numpy
-from bitgen.errors import UserError, choose
+from bitgen.errors import UserError, choose, first_line, is_disk_full
 
 TORCH_SUFFIXES = (".pt", ".pth", ".th")
 # Keys that hold one set of weights of a checkpoint; `--weights=model` takes the first one there is.
@@ -137,7 +135,7 @@ def _open_torch(path: Path, weights: str | None, zipped: bool) -> Tensors:
             ) from None
         raise UserError(f"{path} is not a PyTorch checkpoint, or it is damaged") from None
     except Exception as e:  # a damaged file makes the unpickler raise about anything
-        reason = str(e).strip().split("\n")[0][:200] or type(e).__name__
+        reason = first_line(e)[:200]
         raise UserError(f"{path} is truncated or damaged ({reason}): download it again") from None
     wrapped, state = _unwrap(content, weights, path)
     for name, value in state.items():
@@ -174,9 +172,10 @@ def _unwrap(content: Any, weights: str | None, path: Path) -> tuple[str | None, 
     """Returns the key, if any, and the state dict that it holds."""
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
+    held = [key for key, value in content.items() if isinstance(value, dict) and value]
     keys = {
-        choice: next((k for k in ks if _is_dict(content, k)), None)
-        for choice, ks in WEIGHTS.items()
+        choice: next((key for key in names if key in held), None)
+        for choice, names in WEIGHTS.items()
     }
     if not any(keys.values()):
         if weights is not None:
@@ -188,10 +187,6 @@ def _unwrap(content: Any, weights: str | None, path: Path) -> tuple[str | None, 
         raise UserError(f"{path} has no weights {weights!r}, have {have}")
     _, state = _unwrap(content[key], None, path)
     return key, state
-
-
-def _is_dict(content: dict, key: str) -> bool:
-    return isinstance(content.get(key), dict) and bool(content[key])
 
 
 def _without_prefix(state: dict[str, Any]) -> dict[str, Any]:
@@ -215,8 +210,16 @@ def _give_back(tensor: Any) -> None:
 
 def _open_safetensors(path: Path) -> Tensors:
     # Read by hand, since the usual reader maps the whole file and keeps its pages.
-    header, start = _safetensors_header(path)
-    size = path.stat().st_size - start
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        size = path.stat().st_size - start
+        if size < 0:
+            raise UserError(f"{path} is truncated, or no safetensors file: download it again")
+        try:
+            header = json.loads(file.read(start - 8))
+            header.pop("__metadata__", None)
+        except (ValueError, AttributeError):
+            raise UserError(f"{path} is damaged: its header is no JSON") from None
     shapes, places = {}, {}
     for name, entry in header.items():
         try:
@@ -228,7 +231,7 @@ def _open_safetensors(path: Path) -> Tensors:
         if last > size:
             raise UserError(f"{path} is truncated: tensor {name} ends behind it; download it again")
         if last - first != math.prod(shape) * dtype.itemsize or first < 0:
-            what = f"{last - first} bytes for {name} {show(shape)} {dtype}"
+            what = f"{last - first} bytes for {name} {list(shape)} {dtype}"
             raise UserError(f"{path} is damaged: its header has {what}")
         shapes[name], places[name] = shape, (dtype, shape, first)
 
@@ -239,21 +242,6 @@ def _open_safetensors(path: Path) -> Tensors:
         return array.astype(np.float32) if half else array
 
     return Tensors(path, None, _without_prefix(shapes), _without_prefix(places), read)
-
-
-def _safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
-    """Returns the description of each tensor and where the values start."""
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or 8 + length > path.stat().st_size:
-            raise UserError(f"{path} is truncated, or no safetensors file: download it again")
-        try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-        except (ValueError, AttributeError):
-            raise UserError(f"{path} is damaged: its header is no JSON") from None
-    return header, 8 + length
 
 
 def check_space(directory: Path, size: int) -> None:
@@ -324,13 +312,14 @@ def write_torch(
                     _add_entry(file, f"{_ROOT}/data/{storage.key}", array)
                     last = array
                 state[name] = _StoredTensor(storage, array.shape)
-            with file.open(_entry(f"{_ROOT}/data.pkl"), "w") as entry:
+            # A ZipInfo of its own, or entries would carry the time and files differ.
+            with file.open(zipfile.ZipInfo(f"{_ROOT}/data.pkl"), "w") as entry:
                 _Pickler(entry, protocol=2).dump({wrapped: state} if wrapped else state)
-            file.writestr(_entry(f"{_ROOT}/byteorder"), sys.byteorder)
-            file.writestr(_entry(f"{_ROOT}/version"), "3\n")
+            for name, text in (("byteorder", sys.byteorder), ("version", "3\n")):
+                file.writestr(zipfile.ZipInfo(f"{_ROOT}/{name}"), text)
         os.replace(temporary, path)
     except OSError as e:
-        if e.errno == errno.ENOSPC:
+        if is_disk_full(e):
             raise UserError(f"the disk is full: {path} was not written") from None
         raise
     finally:
@@ -338,13 +327,9 @@ def write_torch(
     return len(state)
 
 
-def _entry(name: str) -> zipfile.ZipInfo:
-    return zipfile.ZipInfo(name)  # without it, entries carry the time and files differ
-
-
 def _add_entry(file: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
     """Adds the values of an array, placed so that they can be mapped."""
-    entry = _entry(name)
+    entry = zipfile.ZipInfo(name)
     assert file.fp is not None
     # A local header is 30 bytes, the name, 20 bytes for the sizes of 64 bits, and the padding.
     padding = -(file.fp.tell() + 30 + len(name) + 20 + 4) % _ALIGNMENT

@@ -8,24 +8,21 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import numpy as np
-
-from bitgen import build
 from bitgen.convert.entries import (
     CONV,
-    LINEAR,
     POINTWISE,
     Entry,
     Ignore,
     Rule,
     Shape,
+    conv,
     count_numbered,
+    dense,
+    norm,
     renamed,
     shape_votes,
     weights,
 )
-from bitgen.convert.rules import export_tensors
 from bitgen.errors import UserError
 from bitgen.tokenizers.gfq_ae import GFQAutoencoder
 
@@ -59,9 +56,13 @@ def hparams_from_reference(reference: Mapping[str, Any]) -> dict[str, Any]:
             f"in_channels {channels} and out_ch {reference['out_ch']} cannot be imported, they "
             "must be equal"
         )
-    given = {name: value for name, value in reference.items() if value is not None}
-    found = {"channels": channels, "groups": 1, "image_size": _IMAGE_SIZE, "noise_decoder": False}
-    return {**found, **renamed(given, _REFERENCE_NAMES)}
+    defaults = {
+        "channels": channels,
+        "groups": 1,
+        "image_size": _IMAGE_SIZE,
+        "noise_decoder": False,
+    }
+    return {**defaults, **renamed(reference, _REFERENCE_NAMES)}
 
 
 def table(hparams: Mapping[str, Any]) -> list[Entry]:
@@ -77,30 +78,21 @@ def table(hparams: Mapping[str, Any]) -> list[Entry]:
         torch, ours = f"encoder.down.{level}", f"encoder/down_{level}"
         entries += _blocks(f"{torch}.block", ours, config.blocks, inputs, outputs)
         if level < last:
-            entries += weights(f"{torch}.downsample", f"encoder/downsample_{level}", CONV)
+            entries += conv(f"{torch}.downsample", f"encoder/downsample_{level}")
     for side in ("encoder", "decoder"):
         torch, ours = f"{side}.mid_block", f"{side}/mid"
         entries += _blocks(torch, ours, config.blocks, widths[-1], widths[-1])
-        entries += weights(f"{side}.norm_out", f"{side}/norm_out", kernel="scale")
+        entries += norm(f"{side}.norm_out", f"{side}/norm_out")
     entries += weights("encoder.conv_out", "encoder/conv_out", POINTWISE)
-    entries += weights("decoder.conv_in", "decoder/conv_in", CONV)
+    entries += conv("decoder.conv_in", "decoder/conv_in")
     for level, (inputs, outputs) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True)):
         torch, ours = f"decoder.up.{level}", f"decoder/up_{level}"
         entries += _blocks(f"{torch}.block", ours, config.blocks, inputs, outputs)
         for name in ("gamma", "beta"):
-            place = f"decoder/adaptive_{level}/{name}"
-            entries += weights(f"decoder.adaptive.{level}.{name}", place, LINEAR)
+            entries += dense(f"decoder.adaptive.{level}.{name}", f"decoder/adaptive_{level}/{name}")
         if level > 0:
-            entries += weights(f"{torch}.upsample.conv1", f"decoder/upsample_{level}", CONV)
-    return [*entries, *weights("decoder.conv_out", "conv_out", CONV), *_TRAINING_ONLY]
-
-
-def torch_shapes(hparams: Mapping[str, Any]) -> dict[str, Shape]:
-    """Returns names and shapes of the tensors of a PyTorch file with these settings."""
-    target = build.param_shapes(GFQAutoencoder(**hparams))
-    nothing = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), target)
-    written = export_tensors(table(hparams), nothing, {}, hparams, target)
-    return {name: tensor.shape for name, tensor in written}
+            entries += conv(f"{torch}.upsample.conv1", f"decoder/upsample_{level}")
+    return [*entries, *conv("decoder.conv_out", "conv_out"), *_TRAINING_ONLY]
 
 
 def recognise(shapes: Mapping[str, Shape]) -> dict[str, Any] | None:
@@ -144,7 +136,7 @@ def _blocks(torch: str, ours: str, count: int, inputs: int, outputs: int) -> lis
     for i in range(count):
         theirs, place = f"{torch}.{i}", f"{ours}_{i}"
         for j in (1, 2):
-            entries += weights(f"{theirs}.norm{j}", f"{place}/norm{j}", kernel="scale")
+            entries += norm(f"{theirs}.norm{j}", f"{place}/norm{j}")
             entries.append(Rule(f"{theirs}.conv{j}.weight", f"{place}/conv{j}/kernel", CONV))
         if i == 0 and inputs != outputs:
             name = f"{theirs}.nin_shortcut.weight"

@@ -4,7 +4,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from bitgen.convert.entries import CONV, Carry, Entry, Rule, Shape, batch_counter, shape_votes
+from bitgen.convert.rules import torch_shapes
 from bitgen.losses.adversarial import PatchDiscriminator, discriminator_layout
 
 # Our names under {params, batch_stats} of each tensor of a block, and the layout.
@@ -43,23 +47,12 @@ def carried(hparams: Mapping[str, Any], prefix: str = "disc.") -> list[Entry]:
 
     What they set aside is what `table` imports.
     """
-    config = PatchDiscriminator(**hparams)
-    reason, channels = "discriminator, used to train on", 3
-    entries: list[Entry] = []
-    for index, name, kind in discriminator_layout(config.layers):
-        torch, level = f"{prefix}main.{index}", int(name.split("_")[1])
-        features = 1 if level > config.layers else config.width * min(2**level, 8)
-        if kind.startswith("conv"):
-            weight = (features, channels, 4, 4)
-            entries.append(Carry(f"{torch}.weight", reason, weight))
-            channels = features
-        else:
-            for tensor in ("weight", "running_mean", "running_var"):
-                entries.append(Carry(f"{torch}.{tensor}", reason, (features,)))
-            entries.append(batch_counter(torch))
-        if kind != "conv_no_bias":
-            entries.append(Carry(f"{torch}.bias", reason, (features,)))
-    return entries
+    module, rules = PatchDiscriminator(**hparams), table(hparams, prefix)
+    images = jnp.zeros((1, *[3 * 2**module.layers] * 2, 3))  # the smallest that it takes
+    target = jax.eval_shape(lambda: module.init(jax.random.key(0), images))
+    reason = "discriminator, used to train on"
+    shapes = torch_shapes(rules, target)
+    return [e if isinstance(e, Carry) else Carry(e.torch, reason, shapes[e.torch]) for e in rules]
 
 
 def recognise(shapes: Mapping[str, Shape], prefix: str = "disc.") -> dict[str, Any] | None:

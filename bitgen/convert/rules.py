@@ -6,8 +6,9 @@ are not to be held in memory whole.
 """
 
 import functools
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,8 +28,20 @@ from bitgen.convert.entries import (
     placeholders,
     render,
 )
-from bitgen.convert.faults import Faults, show
 from bitgen.errors import UserError
+
+Faults = defaultdict[str, list[str]]  # kind -> a line for each fault
+_KINDS = {
+    "unknown": "unknown tensors",
+    "missing": "missing tensors",
+    "misshaped": "misshaped tensors",
+    "used twice": "tensors used twice",
+    "unequal": "unequal tensors",
+    "unfillable": "tensors without a place in our model",
+    "unfilled": "leaves of our model without a rule",
+    "filled twice": "leaves of our model with two rules",
+}
+_SHOWN = 6  # faults of one kind that an error spells out
 
 
 @dataclass(frozen=True)
@@ -71,7 +84,7 @@ def import_tensors(
     plan = plan_import(table, shapes_of(tensors), target)
     check_aliases(plan, tensors)
     flat = {path: np.empty(shape, dtype) for path, shape in plan.leaves.items()}
-    for fill, value in read_slices(plan, tensors, dtype):
+    for fill, value in read_slices(plan.fills, tensors, dtype):
         flat[fill.path][... if fill.index is None else fill.index] = value
     carried = {name: to_numpy(tensors[name], dtype).copy() for name in plan.carried}
     return unflatten_dict(flat, sep="/"), carried
@@ -94,7 +107,7 @@ def plan_import(table: Table, shapes: Mapping[str, Shape], target: Mapping) -> P
     Raises UserError with all faults: tensors unknown, missing, used twice, misshaped or without a
     place in our model, and our leaves without a rule or with two.
     """
-    faults = Faults()
+    faults = Faults(list)
     shapes = {name: tuple(shape) for name, shape in shapes.items()}
     leaves = _leaf_shapes(target)
     plan = Plan(leaves, _expand(table, leaves, faults))
@@ -105,7 +118,8 @@ def plan_import(table: Table, shapes: Mapping[str, Shape], target: Mapping) -> P
             _check_shape(fill, shapes[fill.torch], faults)
 
     first_names = {fill.torch for fill in plan.fills}
-    matches = _matcher(table, (Alias, Constant, Carry, Ignore), "torch")
+    matches = Matcher(table, (Alias, Constant, Carry, Ignore), "torch")
+    rules = Matcher(table, Rule, "torch")
     for name, shape in shapes.items():
         for entry, values in matches(name):
             users[name].append(type(entry).__name__.lower())
@@ -114,31 +128,37 @@ def plan_import(table: Table, shapes: Mapping[str, Shape], target: Mapping) -> P
                 plan.aliases[name] = first = render(entry.of, values)
                 expected = shapes.get(first)
                 if first not in first_names:
-                    faults.add("unknown", f"{name} (repeats {first})")
+                    faults["unknown"].append(f"{name} (repeats {first})")
             elif isinstance(entry, Carry):
                 plan.carried.append(name)
             elif isinstance(entry, Ignore):
                 plan.ignored[name] = entry.reason
-            if expected is not None and shape != tuple(expected):
-                faults.add("misshaped", f"{name} is {show(shape)}, not {show(expected)}")
+            _check_equal(name, shape, expected, faults)
+        if name not in users:
+            if found := rules(name):
+                line = f"{name} {list(shape)} (no room in {found[0][0].ours})"
+                faults["unfillable"].append(line)
+            else:
+                faults["unknown"].append(f"{name} {list(shape)}")
 
     for name, places in users.items():
         if len(places) > 1:
-            faults.add("used twice", f"{name} ({', '.join(places)})")
-    _add_unused(table, {n: s for n, s in shapes.items() if n not in users}, faults)
-    _add_missing(table, plan.fills, shapes, faults)
-    faults.raise_if_any("these tensors are not the ones that the model needs")
+            faults["used twice"].append(f"{name} ({', '.join(places)})")
+    for name, why in _required(table, plan.fills).items():
+        if name not in shapes:
+            faults["missing"].append(f"{name} ({why})")
+    _raise(faults, "these tensors are not the ones that the model needs")
     return plan
 
 
 def read_slices(
-    plan: Plan, tensors: Mapping[str, Any], dtype: Any = np.float32
+    fills: list[Fill], tensors: Mapping[str, Any], dtype: Any = np.float32
 ) -> Iterator[tuple[Fill, np.ndarray]]:
-    """Yields each place of the plan and its values in our layout, one tensor in memory at a time.
+    """Yields each place of a plan and its values in our layout, one tensor in memory at a time.
 
-    Slices of one leaf come one after another. Raises UserError for a tensor that holds no floats.
+    Raises UserError for a tensor that holds no floats.
     """
-    for fill in plan.fills:
+    for fill in fills:
         value = to_numpy(tensors[fill.torch], dtype)
         if not jnp.issubdtype(value.dtype, np.floating):
             raise UserError(f"tensor {fill.torch} holds {value.dtype}, expected floating point")
@@ -147,11 +167,11 @@ def read_slices(
 
 def check_aliases(plan: Plan, tensors: Mapping[str, Any]) -> None:
     """Raises UserError unless every second name holds what its first name holds."""
-    faults = Faults()
+    faults = Faults(list)
     for alias, first in plan.aliases.items():
         if not np.array_equal(to_numpy(tensors[alias]), to_numpy(tensors[first]), equal_nan=True):
-            faults.add("unequal", f"{alias} and {first}")
-    faults.raise_if_any("tensors that one module owns under two names differ")
+            faults["unequal"].append(f"{alias} and {first}")
+    _raise(faults, "tensors that one module owns under two names differ")
 
 
 def export_tensors(
@@ -167,26 +187,32 @@ def export_tensors(
     (empty for a model that was not imported), `target` the shapes to check `params` against.
     Raises UserError with every fault, before the first tensor.
     """
-    faults = Faults()
-    leaves = flatten_dict(_plain(params), sep="/")
+    faults = Faults(list)
+    leaves = flatten_dict(params, sep="/")
     fills = _expand(table, _leaf_shapes(params), faults)
     if target is not None:
         _compare(_leaf_shapes(params), _leaf_shapes(target), faults)
     used = {fill.rule for fill in fills}
     for entry in table:
         if isinstance(entry, Rule) and entry not in used:
-            faults.add("missing", f"our {entry.ours} (for {entry.torch})")
+            faults["missing"].append(f"our {entry.ours} (for {entry.torch})")
     for fill in fills:
-        _check_inverse(fill, faults)
-    aliases = _aliases(table, [fill.torch for fill in fills])
+        transform = fill.rule.transform
+        if _reshaped(lambda x, t=transform: t.forward(t.backward(x)), fill.shape) != fill.shape:
+            line = f"our {fill.place} {list(fill.shape)} (for {fill.torch})"
+            faults["misshaped"].append(line)
+    aliases = _aliases(table, fills)
     made = _made_on_export(table, carried, hparams, faults)
-    seen = set()
-    for name in [*(fill.torch for fill in fills), *aliases, *made]:
-        if name in seen:
-            faults.add("used twice", f"{name} (would be written twice)")
-        seen.add(name)
-    faults.raise_if_any("these parameters are not the ones that the PyTorch file needs")
+    names = Counter([*(fill.torch for fill in fills), *aliases, *made])
+    faults["used twice"] += [f"{n} (would be written twice)" for n, k in names.items() if k > 1]
+    _raise(faults, "these parameters are not the ones that the PyTorch file needs")
     return _write(fills, aliases, leaves, made)
+
+
+def torch_shapes(table: Table, target: Mapping) -> dict[str, Shape]:
+    """Returns names and shapes of the tensors that the rules of a table read or write."""
+    fills = _expand(table, _leaf_shapes(target), Faults(list))
+    return {fill.torch: fill.rule.transform.backward(_zeros(fill.shape)).shape for fill in fills}
 
 
 def to_numpy(value: Any, dtype: Any = None) -> np.ndarray:
@@ -220,120 +246,120 @@ def _write(fills, aliases, leaves, made):
 
 def _made_on_export(table, carried, hparams, faults) -> dict[str, Callable[[], np.ndarray]]:
     """The tensors that no leaf of ours holds: name -> function that returns it."""
-    keepers = _matcher(table, Carry, "torch")
+    keepers = Matcher(table, Carry, "torch")
     made = {}
     for name, value in carried.items():
         entries = keepers(name)
         if not entries:
-            faults.add("unknown", f"{name} {show(value.shape)} (among the carried ones)")
+            faults["unknown"].append(f"{name} {list(value.shape)} (among the carried ones)")
         for entry, _ in entries:
-            if entry.shape is not None and tuple(value.shape) != tuple(entry.shape):
-                faults.add("misshaped", f"{name} is {show(value.shape)}, not {show(entry.shape)}")
+            _check_equal(name, tuple(value.shape), entry.shape, faults)
         made[name] = functools.partial(to_numpy, value)
     for entry in table:
         if isinstance(entry, Constant):
             made[entry.torch] = functools.partial(entry.make, hparams)
         elif isinstance(entry, Carry) and entry.torch not in made:
-            if entry.default is not None and entry.shape is not None:
-                made[entry.torch] = functools.partial(entry.default, entry.shape)
+            if entry.zeros is not None and entry.shape is not None:
+                made[entry.torch] = functools.partial(np.zeros, entry.shape, entry.zeros)
             elif not placeholders(entry.torch):
-                faults.add("missing", f"{entry.torch} (to be carried over from an import)")
+                faults["missing"].append(f"{entry.torch} (to be carried over from an import)")
     return made
 
 
 def _expand(table: Table, leaves: Mapping[str, Shape], faults: Faults) -> list[Fill]:
     """Every leaf, or slice of one, with the tensor that its rule names."""
-    matches = _matcher(table, Rule, "ours")
+    matches = Matcher(table, Rule, "ours")
     fills = []
     for path, shape in leaves.items():
         found = matches(path)
         if not found:
-            faults.add("unfilled", f"{path} {show(shape)} (no rule)")
+            faults["unfilled"].append(f"{path} {list(shape)} (no rule)")
         if len(found) > 1:
-            faults.add("filled twice", f"{path} ({', '.join(rule.torch for rule, _ in found)})")
+            names = ", ".join(rule.torch for rule, _ in found)
+            faults["filled twice"].append(f"{path} ({names})")
         for rule, values in found:
             if rule.stack is None:
                 fills.append(Fill(rule, render(rule.torch, values), path, None, shape))
             elif not shape:
-                faults.add("unfilled", f"{path} [] (has no leading axis to stack on)")
+                faults["unfilled"].append(f"{path} [] (has no leading axis to stack on)")
             elif rule.slices and len(rule.slices) != shape[0]:
-                faults.add("misshaped", f"our {path} {show(shape)} for {len(rule.slices)} slices")
+                line = f"our {path} {list(shape)} for {len(rule.slices)} slices"
+                faults["misshaped"].append(line)
             else:
-                for i in range(shape[0]):
-                    number = rule.slices[i] if rule.slices else str(i)
-                    name = render(rule.torch, {**values, rule.stack: number})
+                for i, number in enumerate(rule.slices or range(shape[0])):
+                    name = render(rule.torch, {**values, rule.stack: str(number)})
                     fills.append(Fill(rule, name, path, i, shape[1:]))
     return fills
 
 
-def _aliases(table: Table, names: Iterable[str]) -> dict[str, str]:
-    """Second name -> first, for the first names given."""
-    matches = _matcher(table, Alias, "of")
+def _aliases(table: Table, fills: list[Fill]) -> dict[str, str]:
+    """Second name -> first."""
+    matches = Matcher(table, Alias, "of")
+    names = [fill.torch for fill in fills]
     return {render(e.torch, values): name for name in names for e, values in matches(name)}
 
 
-def _add_unused(table: Table, shapes: Mapping[str, Shape], faults: Faults) -> None:
-    rules = _matcher(table, Rule, "torch")
-    for name, shape in shapes.items():
-        if found := rules(name):
-            faults.add("unfillable", f"{name} {show(shape)} (no room in {found[0][0].ours})")
-        else:
-            faults.add("unknown", f"{name} {show(shape)}")
+def _required(table: Table, fills: list[Fill]) -> dict[str, str]:
+    """The names that a file must have -> why."""
+    kept = [entry for entry in table if isinstance(entry, Carry)]
+    return {
+        **{fill.torch: f"for {fill.place}" for fill in fills},
+        **{alias: f"repeats {first}" for alias, first in _aliases(table, fills).items()},
+        **{entry.torch: entry.reason for entry in kept if not placeholders(entry.torch)},
+    }
 
 
-def _add_missing(table: Table, fills: list[Fill], shapes: Mapping, faults: Faults) -> None:
-    required = {fill.torch: f"for {fill.place}" for fill in fills}
-    for alias, first in _aliases(table, list(required)).items():
-        required[alias] = f"repeats {first}"
-    for entry in table:
-        if isinstance(entry, Carry) and not placeholders(entry.torch):
-            required[entry.torch] = entry.reason
-    for name, why in required.items():
-        if name not in shapes:
-            faults.add("missing", f"{name} ({why})")
+def _zeros(shape: Shape) -> np.ndarray:
+    """An array without memory, which transposes and reshapes without a copy."""
+    return np.broadcast_to(np.float32(0), shape)
 
 
-def _matcher(table: Table, kinds: Any, side: str) -> Matcher:
-    separator = "/" if side == "ours" else "."
-    return Matcher([entry for entry in table if isinstance(entry, kinds)], side, separator)
+def _reshaped(change: Callable[[np.ndarray], np.ndarray], shape: Shape) -> Shape | None:
+    """The shape of what a function makes of an array, None if it cannot take the shape."""
+    try:
+        return change(_zeros(shape)).shape
+    except ValueError:
+        return None
 
 
 def _check_shape(fill: Fill, shape: Shape, faults: Faults) -> None:
-    try:
-        # No memory: a broadcast scalar, which transposes and reshapes without a copy.
-        got = fill.rule.transform.forward(np.broadcast_to(np.float32(0), shape)).shape
-    except ValueError:
-        got = None
+    got = _reshaped(fill.rule.transform.forward, shape)
     if got != fill.shape:
-        becomes = "does not fit" if got is None else f"becomes {show(got)} but"
-        line = f"{fill.torch} {show(shape)} {becomes} {fill.place} {show(fill.shape)}"
-        faults.add("misshaped", line)
+        becomes = "does not fit" if got is None else f"becomes {list(got)} but"
+        line = f"{fill.torch} {list(shape)} {becomes} {fill.place} {list(fill.shape)}"
+        faults["misshaped"].append(line)
 
 
-def _check_inverse(fill: Fill, faults: Faults) -> None:
-    transform = fill.rule.transform
-    try:
-        there = transform.backward(np.broadcast_to(np.float32(0), fill.shape))
-        back = transform.forward(there).shape
-    except ValueError:
-        back = None
-    if back != fill.shape:
-        faults.add("misshaped", f"our {fill.place} {show(fill.shape)} (for {fill.torch})")
+def _check_equal(name: str, shape: Shape, expected: Shape | None, faults: Faults) -> None:
+    if expected is not None and shape != tuple(expected):
+        faults["misshaped"].append(f"{name} is {list(shape)}, not {list(expected)}")
 
 
 def _compare(leaves, target, faults):
     for path, shape in target.items():
         if path not in leaves:
-            faults.add("missing", f"our {path} {show(shape)}")
-        elif leaves[path] != shape:
-            faults.add("misshaped", f"our {path} is {show(leaves[path])}, not {show(shape)}")
+            faults["missing"].append(f"our {path} {list(shape)}")
+        else:
+            _check_equal(f"our {path}", leaves[path], shape, faults)
     for path in leaves.keys() - target.keys():
-        faults.add("unknown", f"our {path} {show(leaves[path])}")
-
-
-def _plain(tree: Any) -> Any:
-    return {k: _plain(v) for k, v in tree.items()} if isinstance(tree, Mapping) else tree
+        faults["unknown"].append(f"our {path} {list(leaves[path])}")
 
 
 def _leaf_shapes(tree: Mapping) -> dict[str, Shape]:
-    return {path: tuple(x.shape) for path, x in flatten_dict(_plain(tree), sep="/").items()}
+    return {path: tuple(x.shape) for path, x in flatten_dict(tree, sep="/").items()}
+
+
+def _raise(faults: Faults, what: str) -> None:
+    """Raises UserError that begins with `what` and has one line a kind, if there are faults."""
+    lines = []
+    for kind, title in _KINDS.items():
+        if found := sorted(faults[kind], key=_natural):
+            more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+            lines.append(f"  {len(found)} {title}: {'; '.join(found[:_SHOWN])}{more}")
+    if lines:
+        raise UserError("\n".join([f"{what}:", *lines]))
+
+
+def _natural(line: str) -> list[tuple[int, str]]:
+    """Sorts layers.2 before layers.10."""
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", line)]

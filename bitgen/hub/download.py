@@ -11,10 +11,7 @@ from bitgen.runtime.logging import log_info
 from bitgen.runtime.progress import ProgressBar
 
 _CHUNK = 1 << 20
-
 _TIMEOUT = 30  # seconds without a byte
-
-_PAST_THE_END = 416  # of HTTP
 
 
 def download(url: str, file: Path, sha256: str = "") -> None:
@@ -41,7 +38,7 @@ def download(url: str, file: Path, sha256: str = "") -> None:
 
 
 def _fetch(url: str, part: Path, name: str) -> int:
-    """Appends to `part` what it lacks -> how many bytes it should have; 0 if that is not known."""
+    """Appends to `part` what it lacks; returns its whole size in bytes, 0 if that is not known."""
     start = part.stat().st_size if part.is_file() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:
@@ -58,6 +55,6 @@ def _fetch(url: str, part: Path, name: str) -> int:
                     bar.add(len(chunk))
             return whole
     except urllib.error.HTTPError as e:
-        if e.code == _PAST_THE_END:  # all of it was there already
+        if e.code == 416:  # past the end: all of it was there already
             return start
         raise

@@ -8,7 +8,6 @@ A path may be `zoo:NAME`, a released model (`zoo`).
 """
 
 import dataclasses
-import errno
 import json
 import os
 import shutil
@@ -22,8 +21,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from bitgen import __version__, build
-from bitgen.errors import UserError, choose
-from bitgen.hub import streaming
+from bitgen.errors import UserError, choose, first_line, is_disk_full
+from bitgen.hub import streaming, zoo
 from bitgen.hub.streaming import LazyArray
 from bitgen.runtime.distributed import fetch_global, is_first, on_first
 
@@ -80,8 +79,7 @@ def write(
             os.replace(temporary, directory)
             shutil.rmtree(old, ignore_errors=True)
     except (OSError, ValueError) as e:
-        # TensorStore's errors are ValueErrors.
-        if getattr(e, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(e):
+        if is_disk_full(e):  # TensorStore's errors are ValueErrors
             raise UserError(f"the disk is full: {directory} was not written") from None
         raise
     finally:
@@ -104,7 +102,7 @@ def check_replaceable(directory: Path) -> None:
 
 def read_info(path: str | os.PathLike) -> dict[str, Any]:
     """Returns model.json; raises UserError if `path` is not a model directory."""
-    file = _local(path) / "model.json"
+    file = zoo.resolve(path) / "model.json"
     if Path(path).is_file():
         raise UserError(
             f"{path} is a file: `python -m bitgen.convert {path} DIR` makes a model of it"
@@ -127,19 +125,22 @@ def describe(path: str | os.PathLike, kind: str, **fields: Any) -> Any:
 
     Raises UserError if there is no model or it is of another kind.
     """
+    info = _info(path, kind, fetch=False)
+    return build.make_module(kind, info["family"], {**info["hparams"], **fields})
+
+
+def _info(path: str | os.PathLike, kind: str, fetch: bool = True) -> dict[str, Any]:
+    """model.json of a model of this kind; of zoo:NAME, unless fetched, what its entry tells."""
     if not str(path):
         raise UserError(f"no {kind} given: set --config.{kind}=DIR to a model directory")
-    if str(path).startswith("zoo:"):
-        from bitgen.hub import zoo
-
+    if str(path).startswith(zoo.PREFIX) and not fetch:
         entry = zoo.get(str(path))
-        found, family, hparams = entry.kind, entry.family, zoo.settings(entry)
+        info = {"kind": entry.kind, "family": entry.family, "hparams": zoo.settings(entry)}
     else:
         info = read_info(path)
-        found, family, hparams = info["kind"], info["family"], info["hparams"]
-    if found != kind:
-        raise UserError(f"{path} holds a {found} ({family}), not a {kind}")
-    return build.make_module(kind, family, {**hparams, **fields})
+    if info["kind"] != kind:
+        raise UserError(f"{path} holds a {info['kind']} ({info['family']}), not a {kind}")
+    return info
 
 
 def load(path: str | os.PathLike, kind: str, sharding: Any = None, **fields: Any) -> Model:
@@ -151,11 +152,7 @@ def load(path: str | os.PathLike, kind: str, sharding: Any = None, **fields: Any
       sharding: of every parameter; the first device of this process by default.
       **fields: of the module that are not part of the model, such as dtype.
     """
-    if not str(path):
-        raise UserError(f"no {kind} given: set --config.{kind}=DIR to a model directory")
-    info = read_info(path)
-    if info["kind"] != kind:
-        raise UserError(f"{path} holds a {info['kind']} ({info['family']}), not a {kind}")
+    info = _info(path, kind)
     module = build.make_module(kind, info["family"], {**info["hparams"], **fields})
     shapes = build.param_shapes(module)
     # Checked before anything is read: an Orbax restore that fails leaves threads behind.
@@ -171,11 +168,12 @@ def load(path: str | os.PathLike, kind: str, sharding: Any = None, **fields: Any
     try:
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
             params = checkpointer.restore(
-                _local(path).absolute() / "params", args=ocp.args.StandardRestore(target)
+                zoo.resolve(path).absolute() / "params", args=ocp.args.StandardRestore(target)
             )
     except (ValueError, KeyError, FileNotFoundError, OSError) as e:
-        reason = _first_line(e)
-        raise UserError(f"the parameters in {path} do not match its model.json: {reason}") from None
+        raise UserError(
+            f"the parameters in {path} do not match its model.json: {first_line(e)}"
+        ) from None
     return Model(module, params, info, str(path))
 
 
@@ -187,7 +185,7 @@ def identity(path: str | os.PathLike) -> dict[str, Any]:
 
 def load_carried(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """Returns the tensors that the import kept aside, by their original names; often none."""
-    file = _local(path) / "carried.npz"
+    file = zoo.resolve(path) / "carried.npz"
     if not file.is_file():
         return {}
     try:
@@ -201,9 +199,9 @@ def load_carried(path: str | os.PathLike) -> dict[str, np.ndarray]:
 def open_params(path: str | os.PathLike) -> dict[str, Any]:
     """Returns the parameters as a nested dict of arrays that are read one at a time."""
     try:
-        return streaming.open_arrays(_local(path).absolute() / "params")
+        return streaming.open_arrays(zoo.resolve(path).absolute() / "params")
     except (ValueError, KeyError, OSError) as e:
-        raise UserError(f"the parameters in {path} cannot be read: {_first_line(e)}") from None
+        raise UserError(f"the parameters in {path} cannot be read: {first_line(e)}") from None
 
 
 def digest(params: Any) -> str:
@@ -214,29 +212,14 @@ def digest(params: Any) -> str:
     return running.value()
 
 
-def _local(path: str | os.PathLike) -> Path:
-    if str(path).startswith("zoo:"):
-        from bitgen.hub import zoo
-
-        return zoo.resolve(str(path))
-    return Path(path)
-
-
-def _first_line(e: Exception) -> str:
-    return str(e).strip().split("\n")[0] or type(e).__name__
-
-
 def _write_carried(path: Path, carried: Iterable[tuple[str, np.ndarray]]) -> None:
     """Writes what `np.load` reads, one array in memory at a time; no file if there are none."""
-    file = None
-    try:
+    with zipfile.ZipFile(path, "w") as file:
         for name, value in carried:
-            file = file or zipfile.ZipFile(path, "w")
             with file.open(f"{name}.npy", "w", force_zip64=True) as entry:
                 np.lib.format.write_array(entry, value, allow_pickle=False)
-    finally:
-        if file is not None:
-            file.close()
+    if not file.namelist():
+        path.unlink()
 
 
 def load_pair(config: Any, workdir: Path, sharding: Any) -> tuple[Model, Model]:

@@ -33,23 +33,23 @@ def save(directory: Path, params: Any) -> str:
 
     For a single process.
     """
-    running, leaves = Digest(), []
-    paths, structure = jax.tree_util.tree_flatten_with_path(params)
-    for path, leaf in paths:
+    running = Digest()
 
-        def make(path=path, leaf=leaf):
+    def hashed(path, leaf):
+        def make():
             array = leaf.make()
             running.add(path, array)
             return array
 
-        leaves.append(LazyArray(leaf.shape, leaf.dtype, make))
+        return LazyArray(leaf.shape, leaf.dtype, make)
+
     writer = _LazyHandler(deepcopy_host_arrays=False)
     types = ocp.type_handlers.create_type_handler_registry(
         (LazyArray, writer),
         (jax.Array, ocp.type_handlers.ArrayHandler()),  # of no use, but Orbax warns without it
     )
     args = ocp.args.PyTreeSave(
-        jax.tree.unflatten(structure, leaves),
+        jax.tree_util.tree_map_with_path(hashed, params),
         save_args=jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK), params),
         ocdbt_target_data_file_size=4 * _CHUNK,  # what is held before it is written
     )
@@ -69,9 +69,8 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
 
     async def serialize(self, values, infos, args=None):
         args = args or [ocp.SaveArgs() for _ in values]
-        sizes = [math.prod(value.shape) * value.dtype.itemsize for value in values]
         # In the order of the tree, which the digest relies on.
-        for group in _groups(sizes):
+        for group in _groups(values):
             self.writing = ()
             for i in group:
                 array = values[i].make()
@@ -92,10 +91,11 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
         return errors
 
 
-def _groups(sizes: Sequence[int]) -> Iterator[list[int]]:
+def _groups(arrays: Sequence[Any]) -> Iterator[list[int]]:
     """Yields runs of indices: of one array, or of small ones that are quicker done together."""
     group, total = [], 0
-    for i, size in enumerate(sizes):
+    for i, array in enumerate(arrays):
+        size = math.prod(array.shape) * array.dtype.itemsize
         if group and total + size > _CHUNK:
             yield group
             group, total = [], 0
@@ -111,29 +111,28 @@ def open_arrays(directory: Path) -> dict[str, Any]:
         found = checkpointer.metadata(directory).item_metadata
     if found is None:
         raise FileNotFoundError(f"no parameters in {directory}")
-    reader, arrays, sizes = _Reader(directory), [], []
-    paths, structure = jax.tree_util.tree_flatten_with_path(found.tree)
-    for path, leaf in paths:
-        shape, dtype = tuple(leaf.shape), np.dtype(leaf.dtype)
-        arrays.append(StoredArray(reader, tuple(key.key for key in path), shape, dtype))
-        sizes.append(math.prod(shape) * dtype.itemsize)
-    for group in _groups(sizes):
+    reader = _Reader(directory)
+
+    def stored(path, leaf):
+        keys = tuple(key.key for key in path)
+        return StoredArray(reader, keys, tuple(leaf.shape), np.dtype(leaf.dtype))
+
+    tree = jax.tree_util.tree_map_with_path(stored, found.tree)
+    arrays = jax.tree.leaves(tree)
+    for group in _groups(arrays):
         for i in group:
             reader.groups[arrays[i].keys] = [arrays[j].keys for j in group]
-    return jax.tree.unflatten(structure, arrays)
+    return tree
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class StoredArray:
     """An array on disk, read when it is indexed or turned into a numpy array."""
 
-    def __init__(
-        self,
-        reader: "_Reader",
-        keys: tuple[str, ...],
-        shape: tuple[int, ...],
-        dtype: np.dtype,
-    ):
-        self.reader, self.keys, self.shape, self.dtype = reader, keys, shape, dtype
+    reader: "_Reader"
+    keys: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: np.dtype
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """Returns the values."""

@@ -4,20 +4,19 @@ A converted model lies in the cache, `models/NAME` below $BITGEN_CACHE or ~/.cac
 that cannot be downloaded is put by hand where `placed` says. `zoo_entries` lists what there is.
 """
 
-import contextlib
 import fcntl
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from bitgen import build
-from bitgen.errors import UserError, choose
+from bitgen.errors import UserError, choose, first_line
 from bitgen.hub.download import download
 from bitgen.hub.zoo_entries import PARAMETERS, TILES, WEIGHTS, ZOO, Entry, WeightsFile
 from bitgen.runtime.distributed import is_first
@@ -26,18 +25,20 @@ PREFIX = "zoo:"
 
 
 def get(name: str) -> Entry:
-    """Returns an entry by name; raises UserError if there is none, or none that can be used yet."""
-    entry = choose("model of the zoo", name.removeprefix(PREFIX), ZOO)
-    if not entry.usable:
-        raise UserError(f"{entry.name} is a {entry.family}, which this version cannot load yet")
-    return entry
+    """Returns an entry by name; raises UserError if there is none."""
+    return choose("model of the zoo", name.removeprefix(PREFIX), ZOO)
 
 
 def settings(entry: Entry) -> dict[str, Any]:
-    """Returns every setting of a usable entry's module."""
-    defaults = build.fields_of(entry.kind, entry.family)
+    """Returns every setting of an entry's module."""
+    return complete(entry.kind, entry.family, entry.hparams)
+
+
+def complete(kind: str, family: str, hparams: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns every setting of a family's module, those not given with their defaults."""
+    defaults = build.fields_of(kind, family)
     return {
-        name: entry.hparams.get(name, value)
+        name: hparams.get(name, value)
         for name, value in defaults.items()
         if name not in build.RUN_FIELDS
     }
@@ -45,16 +46,16 @@ def settings(entry: Entry) -> dict[str, Any]:
 
 def find(family: str, hparams: Mapping[str, Any]) -> Entry | None:
     """Returns the entry of a family that agrees with all the settings given, if there is one."""
-    for entry in ZOO.values():
-        if entry.family == family and entry.usable:
-            ours = settings(entry)
-            if all(ours.get(name) == _tuple(value) for name, value in hparams.items()):
-                return entry
-    return None
+    wanted = tuples(hparams).items()
+    entries = (entry for entry in ZOO.values() if entry.family == family)
+    return next((entry for entry in entries if wanted <= settings(entry).items()), None)
 
 
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value  # JSON has lists only
+def tuples(value: Any) -> Any:
+    """Returns settings that were read from JSON, which has lists only, with tuples for them."""
+    if isinstance(value, Mapping):
+        return {name: tuples(inner) for name, inner in value.items()}
+    return tuple(value) if isinstance(value, list) else value
 
 
 def describe(family: str, hparams: Mapping[str, Any]) -> str:
@@ -84,11 +85,7 @@ def resolve(path: str | os.PathLike) -> Path:
         return Path(path)
     entry = get(str(path))
     directory = cache() / "models" / entry.name
-    finished = directory / "model.json"
-    if not finished.is_file():
-        with _locked(directory):
-            if not finished.is_file():  # another process may have been faster
-                _convert(_file(entry), directory, entry)
+    _once(directory, directory / "model.json", lambda: _convert(_file(entry), directory, entry))
     return directory
 
 
@@ -111,16 +108,17 @@ def fetch_weights(name: str) -> Path:
     """
     entry = choose("file of the zoo", name.removeprefix(PREFIX), WEIGHTS)
     file = placed(entry)
-    if not file.is_file():
-        with _locked(file):
-            if not file.is_file():  # another process may have been faster
-                try:
-                    download(entry.url, file, entry.sha256)
-                except OSError as e:
-                    raise UserError(
-                        f"{entry.name} cannot be downloaded: {e}; get {entry.file} from "
-                        f"{entry.url} and put it at {file}"
-                    ) from None
+
+    def fetch() -> None:
+        try:
+            download(entry.url, file, entry.sha256)
+        except OSError as e:
+            raise UserError(
+                f"{entry.name} cannot be downloaded: {e}; get {entry.file} from {entry.url} and "
+                f"put it at {file}"
+            ) from None
+
+    _once(file, file, fetch)
     return file
 
 
@@ -128,16 +126,11 @@ def table() -> str:
     """Returns the zoo as a table of text."""
     rows = [("NAME", "FAMILY", "SIZE", "PIXELS", "GB", "EXPECTED", "FROM")]
     for entry in ZOO.values():
+        pixels = settings(ZOO.get(entry.tokenizer, entry))["image_size"]
+        size = entry.size.removesuffix(f", {pixels} px")
+        gigabytes = "" if entry.gigabytes is None else f"{entry.gigabytes:.2f}"
         rows.append(
-            (
-                entry.name,
-                entry.family + ("" if entry.usable else " (not yet)"),
-                entry.size.removesuffix(f", {entry.pixels} px"),
-                str(entry.pixels),
-                "" if entry.gigabytes is None else f"{entry.gigabytes:.2f}",
-                entry.expected,
-                entry.source,
-            )
+            (entry.name, entry.family, size, str(pixels), gigabytes, entry.expected, entry.source)
         )
     for entry in WEIGHTS.values():
         size = f"{entry.gigabytes:.2f}"
@@ -152,7 +145,9 @@ def parameter_table() -> str:
     of batch norms are left out, as authors do.
     """
     rows = [("NAME", "FAMILY", "PARAMETERS", "PUBLISHED")]
-    for name, (kind, family, hparams) in networks().items():
+    networks = {e.name: (e.kind, e.family, dict(e.hparams)) for e in ZOO.values()}
+    networks |= {name: ("tokenizer", "dcae", hparams) for name, hparams in TILES.items()}
+    for name, (kind, family, hparams) in networks.items():
         module = build.make_module(kind, family, hparams)
         count = sum(
             math.prod(leaf.shape)
@@ -163,19 +158,10 @@ def parameter_table() -> str:
     return _aligned(rows)
 
 
-def networks() -> dict[str, tuple[str, str, dict[str, Any]]]:
-    """Returns kind, family and settings, where not the defaults, of every known network by name."""
-    found = {e.name: (e.kind, e.family, dict(e.hparams)) for e in ZOO.values() if e.usable}
-    return found | {name: ("tokenizer", "dcae", hparams) for name, hparams in TILES.items()}
-
-
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-    return "\n".join(lines)
+    cells = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    return "\n".join("  ".join(row).rstrip() for row in cells)
 
 
 def _file(entry: Entry) -> Path:
@@ -187,25 +173,24 @@ def _file(entry: Entry) -> Path:
             if path.name.lower() == by_hand.name.lower() and path.is_file():
                 return path
     help_ = f"get {entry.file} from {entry.source} and put it at {by_hand}"
-    if entry.repository is None:
+    if not entry.repository:
         raise UserError(f"{entry.name} is on no hub: {help_}")
     try:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.utils import disable_progress_bars, logging
     except ImportError:
-        install = "pip install 'bitgen[convert]'"
         raise UserError(
-            f"downloading {entry.name} needs huggingface_hub: {install}, or {help_}"
+            f"downloading {entry.name} needs huggingface_hub: pip install 'bitgen[convert]', or "
+            + help_
         ) from None
     logging.set_verbosity_error()  # our one line says what its lines for each try would
     if not is_first():
         disable_progress_bars()
     try:
         # Into the hub's own cache: what another program fetched is found, what broke off resumes.
-        return Path(hf_hub_download(entry.repository, f"{entry.folder}{entry.file}"))
+        return Path(hf_hub_download(entry.repository, entry.path))
     except Exception as e:  # of three libraries, none of which has a class for all its errors
-        reason = str(e).strip().split("\n")[0] or type(e).__name__
-        raise UserError(f"{entry.name} cannot be downloaded: {reason}; {help_}") from None
+        raise UserError(f"{entry.name} cannot be downloaded: {first_line(e)}; {help_}") from None
 
 
 def _convert(file: Path, directory: Path, entry: Entry) -> None:
@@ -214,23 +199,25 @@ def _convert(file: Path, directory: Path, entry: Entry) -> None:
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     if not is_first():
         environment["TQDM_DISABLE"] = "1"
-    # Some of these also hold an average, which the original does not read.
-    weights = ["--weights=model"] if entry.wrapped == "vae" else []
-    command += [*weights, f"--model={entry.name}"]
+    if entry.family == "bitvae":  # some also hold an average, which the original does not read
+        command.append("--weights=model")
+    command.append(f"--model={entry.name}")
     done = subprocess.run(command, env=environment, check=False)
     if done.returncode:
         raise UserError(f"{file} cannot be converted to {entry.name}: see the lines above")
 
 
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Lets one process at a time work on a directory of the cache."""
+def _once(path: Path, made: Path, make: Callable[[], None]) -> None:
+    """Calls `make` for `path` of the cache, one process at a time, unless `made` exists."""
+    if made.is_file():
+        return
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(
-            f"cannot write {directory.parent} ({e.strerror}): set BITGEN_CACHE to a directory"
+            f"cannot write {path.parent} ({e.strerror}): set BITGEN_CACHE to a directory"
         ) from None
-    with directory.with_name(directory.name + ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    with path.with_name(path.name + ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.is_file():  # another process may have been faster
+            make()

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from bitgen import build
 
@@ -12,31 +12,30 @@ class Entry:
     """One released checkpoint."""
 
     name: str
-    kind: Literal["tokenizer", "generator"]
     family: str
     size: str  # which of its family it is, in few words
-    pixels: int
-    file: str
-    gigabytes: float | None  # to download
-    repository: str | None  # on the Hugging Face Hub
-    folder: str = ""  # of the file in the repository
+    path: str  # of the file in the repository
+    repository: str = ""  # on the Hugging Face Hub
     url: str = ""  # where to get the file by hand, if it is on no hub
-    wrapped: str | None = None  # the key under which the file holds the state dict
+    gigabytes: float | None = None  # to download
     expected: str = ""  # published quality
     tokenizer: str = ""  # name of the entry whose bits a generator makes
     hparams: Mapping[str, Any] = field(default_factory=dict)  # where not the family's defaults
 
     @property
-    def usable(self) -> bool:
-        """Whether bitgen has the family."""
-        return self.family in build.FAMILIES[self.kind]
+    def kind(self) -> str:
+        """Whether it is a tokenizer or a generator."""
+        return "generator" if self.family in build.GENERATORS else "tokenizer"
+
+    @property
+    def file(self) -> str:
+        """The name of the file."""
+        return self.path.rsplit("/", 1)[-1]
 
     @property
     def source(self) -> str:
         """Where the file is, to be read by a person."""
-        if self.repository is None:
-            return self.url
-        return f"huggingface.co/{self.repository} {self.folder}{self.file}"
+        return self.url or f"huggingface.co/{self.repository} {self.path}"
 
 
 @dataclass(frozen=True)
@@ -51,75 +50,57 @@ class WeightsFile:
 
     @property
     def file(self) -> str:
-        """Its name."""
+        """The name of the file."""
         return self.url.rsplit("/", 1)[1]
 
 
-def _binary_ae(name: str, step: int, *, gigabytes: float | None = None, **fields: Any) -> Entry:
-    hparams = fields.pop("hparams")
-    pixels = hparams.get("image_size", 256)
-    file = f"binaryae_ema_{step}.th"
+def _bigr_ae(size: str, steps: int, gigabytes: float, **hparams: Any) -> Entry:
     return Entry(
-        name, "tokenizer", "binary_ae", pixels=pixels, file=file, gigabytes=gigabytes,
-        hparams=hparams, **fields,
-    )  # fmt: skip
-
-
-def _bigr_bae(name: str, step: int, gigabytes: float, **hparams: Any) -> Entry:
-    size = name.replace("_512", ", 512 px")
-    repository, folder = "haoosz/BiGR", f"bae/bae_{name}/"
-    return _binary_ae(
-        f"bigr_bae_{name}", step, size=size, gigabytes=gigabytes, repository=repository,
-        folder=folder, hparams=hparams,
-    )  # fmt: skip
-
-
-def _bigr(name: str, gigabytes: float, sizes: dict[str, Any], fid: str = "") -> Entry:
-    size, bits, *large = name.split("_")
-    return Entry(
-        f"bigr_{name}",
-        "generator",
-        "bigr",
-        ", ".join([bits, size, *(f"{pixels} px" for pixels in large)]),
-        16 * sizes.get("grid", (16, 16))[0],
-        f"bigr_{name}.pt",
-        gigabytes,
+        f"bigr_bae_{size}",
+        "binary_ae",
+        size.replace("_512", ", 512 px"),
+        f"bae/bae_{size}/binaryae_ema_{steps}.th",
         "haoosz/BiGR",
-        "gpt/",
-        wrapped="ema",
-        expected=fid,
-        tokenizer=f"bigr_bae_{name.removeprefix(size + '_')}",
-        hparams={**sizes, "bits": int(bits[1:])},
+        gigabytes=gigabytes,
+        hparams=hparams,
     )
 
 
-def _bitvae(name: str, size: str, file: str, expected: str = "", **hparams: Any) -> Entry:
+def _bigr(
+    model: str, code: str, gigabytes: float, fid: float | None = None, **hparams: Any
+) -> Entry:
     return Entry(
-        f"bitvae_{name}",
-        "tokenizer",
+        f"bigr_{model}_{code}",
+        "bigr",
+        f"{code.removesuffix('_512')}, {model}{', 512 px' if code.endswith('_512') else ''}",
+        f"gpt/bigr_{model}_{code}.pt",
+        "haoosz/BiGR",
+        gigabytes=gigabytes,
+        expected=f"FID {fid}" if fid else "",
+        tokenizer=f"bigr_bae_{code}",
+        hparams=hparams,
+    )
+
+
+def _bitvae(size: str, rfid_256: float, psnr_256: float, rfid_512: float, psnr_512: float) -> Entry:
+    return Entry(
+        f"bitvae_{size}",
         "bitvae",
         size,
-        256,
-        f"infinity_vae_{file}.pth",
-        None,
+        f"infinity_vae_{size}.pth",
         "FoundationVision/Infinity",
-        wrapped="vae",
-        expected=expected,
-        hparams=hparams,
+        expected=f"rFID {rfid_256}, PSNR {psnr_256}; 512 px: {rfid_512}, {psnr_512}",
+        hparams={"bits": int(size[1:3])},
     )
 
 
 def _bitdance(name: str, fid: float, **hparams: Any) -> Entry:
     return Entry(
         f"bitdance_{name}",
-        "generator",
         "bitdance",
         name.replace("_", "-"),
-        256,
         f"BitDance_{name}.pt",
-        None,
         "shallowdream204/BitDance-ImageNet",
-        wrapped="ema",
         expected=f"FID {fid}",
         tokenizer="bitdance_ae_d16c32",
         hparams=hparams,
@@ -129,14 +110,10 @@ def _bitdance(name: str, fid: float, **hparams: Any) -> Entry:
 def _dcae(size: str, trained: str, expected: str = "", **hparams: Any) -> Entry:
     return Entry(
         f"dc_ae_{size}_{trained}",
-        "tokenizer",
         "dcae",
         f"{size}, sana" if trained == "sana" else size,
-        512,
         "model.safetensors",
-        None,
         f"mit-han-lab/dc-ae-{size}-{trained}-1.0",
-        wrapped="state_dict",  # in .pt files of the same names
         expected=expected,
         hparams=hparams,
     )
@@ -154,20 +131,12 @@ def _deeper(*widths: int) -> dict[str, Any]:
     }
 
 
-_DRIVE = "https://drive.google.com/drive/folders/"
-
 _L = {"width": 1024, "layers": 24, "heads": 16, "denoiser_width": 1024, "denoiser_layers": 3}
-
 _L_512 = {**_L, "grid": (32, 32), "denoiser_width": 1280, "denoiser_layers": 6}
-
 _XL = {"width": 1280, "layers": 36, "heads": 20, "denoiser_width": 1280, "denoiser_layers": 6}
-
 _XXL = {"width": 1536, "layers": 48, "heads": 24, "denoiser_width": 1536, "denoiser_layers": 8}
-
 _F64 = {"latent_channels": 128, **_deeper(2048)}
-
 _F128 = {"latent_channels": 512, **_deeper(2048, 2048)}
-
 _SANA = {
     "encoder_depths": (2, 2, 2, 3, 3, 3),
     "encoder_blocks": ("res",) * 3 + ("attention_5",) * 3,
@@ -178,9 +147,7 @@ _SANA = {
     "downsample": "conv",
     "upsample": "interpolate",
 }
-
 _BITDANCE_L = {"width": 1024, "layers": 32, "heads": 16, "head_width": 1024, "head_layers": 8}
-
 _BITDANCE_H = {
     **{"width": 1280, "layers": 40, "heads": 20},
     **{"head_width": 1280, "head_layers": 12, "head_modulations": 3},
@@ -188,57 +155,46 @@ _BITDANCE_H = {
 
 _ENTRIES = (
     # Binary Latent Diffusion, ZeWang95/BinaryLatentDiffusion.
-    _binary_ae(
+    Entry(
         "bld_bae_c64",
-        8100000,
-        size="C64",
-        repository=None,
-        url=f"{_DRIVE}1CFlixXLnEHZ0jaRLXLS4d_bJMZwG-Iih",
+        "binary_ae",
+        "C64",
+        "binaryae_ema_8100000.th",
+        url="https://drive.google.com/drive/folders/1CFlixXLnEHZ0jaRLXLS4d_bJMZwG-Iih",
         expected="fair on any image",
         hparams={"bits": 64},
     ),
-    _binary_ae(
+    Entry(
         "bld_bae_c128",
-        10200000,
-        size="C128",
-        repository=None,
-        url=f"{_DRIVE}1rlWjd5iDOydTrxJyfvLZ8oDogRB3HiMe",
+        "binary_ae",
+        "C128",
+        "binaryae_ema_10200000.th",
+        url="https://drive.google.com/drive/folders/1rlWjd5iDOydTrxJyfvLZ8oDogRB3HiMe",
         expected="better than C64",
         hparams={"bits": 128, "decoder_multiplier": 3.0},
     ),
     # BiGR, haoosz/BiGR.
-    _bigr_bae("d24", 1000000, 0.33, bits=24),
-    _bigr_bae("d32", 950000, 0.33, bits=32),
-    _bigr_bae("d32_512", 720000, 0.32, bits=32, image_size=512),
-    _bigr("L_d24", 1.35, _L, "FID 2.71"),
-    _bigr("XL_d24", 3.20, _XL, "FID 2.49"),
-    _bigr("XXL_d24", 5.92, _XXL, "FID 2.36"),
-    _bigr("XXL_d32", 5.92, _XXL),
-    _bigr("L_d32_512", 1.49, _L_512),
-    # BitVAE, FoundationVision/BitVAE: rFID and PSNR at 256 and 512 pixels.
-    *(
-        _bitvae(
-            size,
-            size,
-            size,
-            f"rFID {figures[0]}, PSNR {figures[1]}; 512 px: {figures[2]}, {figures[3]}",
-            bits=int(size[1:3]),
-        )
-        for size, figures in {
-            "d16": (1.22, 20.9, 0.31, 22.6),
-            "d24": (0.75, 22.0, 0.30, 23.5),
-            "d32": (0.61, 22.7, 0.23, 24.4),
-            "d64": (0.33, 24.9, 0.15, 26.4),
-            "d32reg": (0.75, 21.9, 0.32, 23.6),
-        }.items()
-    ),
-    _bitvae(
-        "patchify_d14",
+    _bigr_ae("d24", 1000000, 0.33, bits=24),
+    _bigr_ae("d32", 950000, 0.33, bits=32),
+    _bigr_ae("d32_512", 720000, 0.32, bits=32, image_size=512),
+    _bigr("L", "d24", 1.35, 2.71, **_L, bits=24),
+    _bigr("XL", "d24", 3.20, 2.49, **_XL, bits=24),
+    _bigr("XXL", "d24", 5.92, 2.36, **_XXL, bits=24),
+    _bigr("XXL", "d32", 5.92, **_XXL, bits=32),
+    _bigr("L", "d32_512", 1.49, **_L_512, bits=32),
+    # BitVAE, FoundationVision/BitVAE.
+    _bitvae("d16", 1.22, 20.9, 0.31, 22.6),
+    _bitvae("d24", 0.75, 22.0, 0.30, 23.5),
+    _bitvae("d32", 0.61, 22.7, 0.23, 24.4),
+    _bitvae("d64", 0.33, 24.9, 0.15, 26.4),
+    _bitvae("d32reg", 0.75, 21.9, 0.32, 23.6),
+    Entry(
+        "bitvae_patchify_d14",
+        "bitvae",
         "d14, patches of 2x2",
-        "d56_f8_14_patchify",
-        bits=56,
-        patch=2,
-        multipliers=(1, 2, 4, 4),
+        "infinity_vae_d56_f8_14_patchify.pth",
+        "FoundationVision/Infinity",
+        hparams={"bits": 56, "patch": 2, "multipliers": (1, 2, 4, 4)},
     ),
     # DC-AE, mit-han-lab/efficientvit; "mix" and "in" are the networks of one size.
     _dcae("f32c32", "in"),
@@ -251,14 +207,10 @@ _ENTRIES = (
     # BitDance, shallowdream204/BitDance.
     Entry(
         "bitdance_ae_d16c32",
-        "tokenizer",
         "gfq_ae",
         "d16c32",
-        256,
         "ae_d16c32.pt",
-        None,
         "shallowdream204/BitDance-ImageNet",
-        wrapped="state_dict",
     ),
     _bitdance("B_1x", 1.68),
     _bitdance("B_4x", 1.69, together=4),

@@ -1,6 +1,5 @@
 """Checkpoints of a run: train state, data position and config, saved and restored together."""
 
-import errno
 import json
 import os
 import shutil
@@ -11,7 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from bitgen.errors import UserError, first_line
+from bitgen.errors import UserError, first_line, is_disk_full
 from bitgen.runtime.distributed import all_agree, on_first
 from bitgen.runtime.logging import log_info
 
@@ -171,7 +170,7 @@ class Checkpoints:
 
     def _full(self, error: Exception) -> Exception:
         """-> what to raise of a save that failed: one line about a full disk, or the error."""
-        if self.saving is None or not is_full(error):
+        if self.saving is None or not is_disk_full(error):
             return error
         self._remove_unfinished()
         return self._no_space()
@@ -191,18 +190,6 @@ class Checkpoints:
             + (f"that of step {max(kept)} is kept; " if kept else "")
             + "free some and start the same command again"
         )
-
-
-def is_full(error: BaseException | None) -> bool:
-    """Returns whether an error, or one that caused it, is of a disk without space."""
-    while error is not None:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        # TensorStore's errors have no number.
-        if any(os.strerror(e) in str(error) for e in (errno.ENOSPC, errno.EDQUOT)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _read_json(folder: Path) -> Any:

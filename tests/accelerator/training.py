@@ -12,12 +12,12 @@ from helpers import small
 from bitgen import data
 from bitgen.data.packed import PackedWriter
 from bitgen.modes import benchmark
-from bitgen.modes.train import Feed
 from bitgen.profiling import memory_estimate
 from bitgen.profiling.roofline import compile_program, random_values
 from bitgen.runtime import devices
 from bitgen.runtime.mesh import make_mesh, replicated
 from bitgen.runtime.sharding import RULES, tree_shardings
+from bitgen.training.prefetch import Prefetch
 
 from .models import config
 from .part import READY, Context
@@ -131,12 +131,12 @@ def _timed(c: Any, mesh: Any, program: Any, state: Any, frozen: Any) -> tuple[An
         c.data, batch_size=c.train.batch_size, seed=0, training=True, process_index=0,
         process_count=1,
     )  # fmt: skip
-    feed, metrics, begun, waited = Feed(batches, mesh, 0), {}, 0.0, 0.0
+    prefetch, metrics, begun, waited = Prefetch(batches, mesh, 0), {}, 0.0, 0.0
     names = memory_estimate.shapes_task(c).batch_shapes()  # a tokenizer's step takes no labels
     try:
         for done in range(1, WARM + MOST + 1):
             waiting = time.perf_counter()
-            batch = {name: rows for name, rows in feed.next().items() if name in names}
+            batch = {name: rows for name, rows in prefetch.next().items() if name in names}
             waited += time.perf_counter() - waiting
             before = metrics
             state, metrics = program.run(state, frozen, batch)

@@ -1,15 +1,10 @@
 """BitDance's files: both sets of weights, the tokenizer inside, and the way back."""
 
-import jax
-import numpy as np
 import pytest
 import torch
-from helpers.checkpoint_files import as_torch
+from helpers.checkpoint_files import as_torch, random_export
 
-from bitgen import build
-from bitgen.convert import bitdance, gfq_ae
 from bitgen.convert.__main__ import main
-from bitgen.convert.rules import export_tensors
 from bitgen.hub import model_directory
 
 TOKENIZER = {"width": 32, "multipliers": (1, 2), "blocks": 1, "bits": 6, "groups": 1}
@@ -26,31 +21,18 @@ GENERATOR = {
 }
 
 
-def params_of(kind, family, hparams, seed):
-    rng = np.random.default_rng(seed)
-    target = build.param_shapes(build.make_module(kind, family, hparams))
-    return jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), target), target
-
-
-def tensors_of(table, kind, family, hparams, seed):
-    params, target = params_of(kind, family, hparams, seed)
-    return dict(export_tensors(table, params, {}, hparams, target))
-
-
-def vae_tensors(seed=9):
-    tensors = tensors_of(gfq_ae.table(TOKENIZER), "tokenizer", "gfq_ae", TOKENIZER, seed)
-    return {f"vae.{name}": value for name, value in tensors.items()}
+def tensors_of(hparams, seed=0):
+    """The tensors of a BitDance and of the tokenizer in its file."""
+    _, vae = random_export("gfq_ae", TOKENIZER, 9)
+    _, tensors = random_export("bitdance", hparams, seed)
+    return {**tensors, **{f"vae.{name}": value for name, value in vae.items()}}
 
 
 @pytest.mark.parametrize("together", [1, 4])
 @pytest.mark.parametrize("weights", ["ema", "model"])
 def test_there_and_back_with_the_tokenizer_inside(tmp_path, together, weights):
     hparams = {**GENERATOR, "together": together}
-    table = bitdance.table(hparams)
-    sets = {
-        name: {**tensors_of(table, "generator", "bitdance", hparams, seed), **vae_tensors()}
-        for seed, name in enumerate(("ema", "model"))
-    }
+    sets = {name: tensors_of(hparams, seed) for seed, name in enumerate(("ema", "model"))}
     torch.save({name: as_torch(s) for name, s in sets.items()}, tmp_path / "BitDance.pt")
     assert main([str(tmp_path / "BitDance.pt"), str(tmp_path / "m"), f"--weights={weights}"]) == 0
     info = model_directory.read_info(tmp_path / "m")
@@ -63,8 +45,7 @@ def test_there_and_back_with_the_tokenizer_inside(tmp_path, together, weights):
 
 
 def test_a_tensor_of_the_tokenizer_inside_that_is_missing_is_named(tmp_path, capsys):
-    tensors = tensors_of(bitdance.table(GENERATOR), "generator", "bitdance", GENERATOR, 0)
-    tensors |= vae_tensors()
+    tensors = tensors_of(GENERATOR)
     del tensors["vae.decoder.conv_out.bias"]
     torch.save({"ema": as_torch(tensors)}, tmp_path / "x.pt")
     assert main([str(tmp_path / "x.pt"), str(tmp_path / "m")]) == 2
@@ -74,21 +55,17 @@ def test_a_tensor_of_the_tokenizer_inside_that_is_missing_is_named(tmp_path, cap
 
 
 def test_one_that_was_trained_here_takes_its_tokenizer_along(tmp_path, capsys):
-    info = {"origin": {}}
     for kind, family, hparams, seed in (
         ("generator", "bitdance", GENERATOR, 0),
         ("tokenizer", "gfq_ae", TOKENIZER, 9),
     ):
-        params, _ = params_of(kind, family, hparams, seed)
-        named = {"kind": kind, "family": family, "hparams": hparams, **info}
-        model_directory.write(tmp_path / family, named, params)
+        info = {"kind": kind, "family": family, "hparams": hparams, "origin": {}}
+        model_directory.write(tmp_path / family, info, random_export(family, hparams, seed)[0])
     command = ["--to-torch", str(tmp_path / "bitdance"), str(tmp_path / "x.pt")]
     assert main([*command, f"--tokenizer={tmp_path / 'gfq_ae'}"]) == 0
     written = torch.load(tmp_path / "x.pt", weights_only=True)["ema"]
-    expected = tensors_of(bitdance.table(GENERATOR), "generator", "bitdance", GENERATOR, 0)
-    expected |= vae_tensors()
     assert {n: v.numpy().tobytes() for n, v in written.items()} == {
-        n: v.tobytes() for n, v in expected.items()
+        n: v.tobytes() for n, v in tensors_of(GENERATOR).items()
     }
     assert main([*command, f"--tokenizer={tmp_path / 'bitdance'}"]) == 2
     assert "only the file of a bitdance trained here takes a tokenizer" in capsys.readouterr().err

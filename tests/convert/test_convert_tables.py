@@ -1,119 +1,52 @@
-"""The tables of the released families: every released file at its real size, and small round trips.
-
-`manifests/*.json.gz` hold the names and shapes of every tensor of a released checkpoint.
-"""
+"""The families' tables: every released file at its real size, and small round trips."""
 
 import functools
-import gzip
 import json
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import torch
+from helpers.checkpoint_files import (
+    BIGR,
+    BINARY_AE,
+    MANIFESTS,
+    assert_same_trees,
+    manifest,
+    random_export,
+    random_like,
+    target_of,
+)
 
-from bitgen import build
-from bitgen.convert import bigr, binary_ae, bitdance, bitvae, dcae, gfq_ae, patchgan
-from bitgen.convert.directory import find_wrapping
+from bitgen.convert import bigr, binary_ae, patchgan
+from bitgen.convert.directory import FAMILIES, find_wrapping
 from bitgen.convert.rules import export_tensors, import_tensors, plan_import
 from bitgen.errors import UserError
 from bitgen.losses.adversarial import PatchDiscriminator
 
-MANIFESTS = Path(__file__).parents[1] / "manifests"
-FAMILIES = {
-    "binary_ae": ("tokenizer", binary_ae),
-    "bigr": ("generator", bigr),
-    "bitdance": ("generator", bitdance),
-    "gfq_ae": ("tokenizer", gfq_ae),
-    "bitvae": ("tokenizer", bitvae),
-    "dcae": ("tokenizer", dcae),
-}
 RELEASED = sorted(path.name.removesuffix(".json.gz") for path in MANIFESTS.glob("*.json.gz"))
+ONE_OF_EACH = ["bigr_bae_d24", "bigr_L_d24", "bitdance_B_4x", "bitvae_d16", "dc_ae_f32c32_in"]
 SMALL_BAE = {
-    "width": 32,
-    "multipliers": (1, 2),
-    "blocks": 2,
-    "bits": 12,
-    "embed_dim": 64,
-    "image_size": 32,
-    "attention_resolutions": (16,),
-    "decoder_multiplier": 1.5,
-    "norm_first": False,
+    **{**BINARY_AE, "blocks": 2, "bits": 12, "embed_dim": 64},
+    **{"decoder_multiplier": 1.5, "norm_first": False},
 }
-SMALL_BIGR = {
-    "width": 48,
-    "layers": 3,
-    "heads": 2,
-    "bits": 5,
-    "grid": (3, 3),
-    "num_classes": 4,
-    "denoiser_width": 16,
-    "denoiser_layers": 2,
-    "diffusion_steps": 40,
-    "mlp_multiple": 32,
-}
+SMALL_BIGR = {**BIGR, "width": 48, "heads": 2, "mlp_multiple": 32}
 
 
 @functools.cache
 def released(name):
-    """-> the family's module, settings in our words, shapes of the file and shapes of our tree."""
-    spec = json.loads(gzip.decompress((MANIFESTS / f"{name}.json.gz").read_bytes()))
-    kind, family = FAMILIES[spec["family"]]
-    hparams = family.hparams_from_reference(spec["hparams"])
-    shapes = {name: tuple(shape) for name, (shape, _) in spec["tensors"].items()}
-    module = build.make_module(kind, spec["family"], hparams)
-    return family, hparams, shapes, build.param_shapes(module)
+    """The family's module, settings in our words, shapes of the file and shapes of our tree."""
+    family, hparams, shapes = manifest(name)
+    return FAMILIES[family].convert, hparams, shapes, target_of(family, hparams)
 
 
-def random_export(table, hparams, target, seed=0):
-    """Random parameters, and the PyTorch tensors that the table writes of them."""
-    rng = np.random.default_rng(seed)
-    params = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), target)
-    return params, dict(export_tensors(table, params, {}, hparams, target))
-
-
-def assert_same_trees(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
-        assert x.dtype == y.dtype, path
-        assert x.tobytes() == y.tobytes(), path
-
-
-def test_all_released_files_of_the_two_families_are_here():
-    assert RELEASED == [
-        "bigr_L_d24",
-        "bigr_L_d32_512",
-        "bigr_XL_d24",
-        "bigr_XXL_d24",
-        "bigr_XXL_d32",
-        "bigr_bae_d24",
-        "bigr_bae_d32",
-        "bigr_bae_d32_512",
-        "bitdance_B_16x",
-        "bitdance_B_1x",
-        "bitdance_B_4x",
-        "bitdance_H_1x",
-        "bitdance_L_1x",
-        "bitdance_ae_d16c32",
-        "bitvae_d16",
-        "bitvae_d24",
-        "bitvae_d32",
-        "bitvae_d64",
-        "bitvae_patchify_d14",
-        "bld_bae_c128",
-        "bld_bae_c32",
-        "bld_bae_c64",
-        "dc_ae_f128c512_in",
-        "dc_ae_f32c32_in",
-        "dc_ae_f32c32_sana",
-        "dc_ae_f64c128_in",
-        "dcae_03",
-        "dcae_04",
-        "dcae_05",
-        "dcae_06",
-        "dcae_07",
-    ]
+def discriminator_export(hparams, size, seed=0):
+    """As `random_export`, and the shapes of our tree."""
+    gan = PatchDiscriminator(**hparams)
+    target = jax.eval_shape(lambda: gan.init(jax.random.key(0), np.zeros((1, size, size, 3), "f4")))
+    params = random_like(target, seed)
+    tensors = dict(export_tensors(patchgan.table(hparams), params, {}, hparams, target))
+    return params, tensors, target
 
 
 @pytest.mark.parametrize("name", RELEASED)
@@ -154,9 +87,7 @@ def test_sizes_are_recognised_from_the_file_alone(name):
     assert other.recognise(shapes) is None
 
 
-@pytest.mark.parametrize(
-    "name", ["bigr_bae_d24", "bigr_L_d24", "bitdance_B_4x", "bitvae_d16", "dc_ae_f32c32_in"]
-)
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_one_fault_does_not_hide_the_sizes_and_is_named(name):
     family, hparams, shapes, target = released(name)
     layout = find_wrapping(family, shapes)
@@ -170,9 +101,7 @@ def test_one_fault_does_not_hide_the_sizes_and_is_named(name):
             plan_import(family.table(hparams, **layout), without, target)
 
 
-@pytest.mark.parametrize(
-    "name", ["bigr_bae_d24", "bigr_L_d24", "bitdance_B_4x", "bitvae_d16", "dc_ae_f32c32_in"]
-)
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_a_misshaped_or_unknown_tensor_is_named(name):
     family, hparams, shapes, target = released(name)
     table = family.table(hparams, **find_wrapping(family, shapes))
@@ -185,14 +114,9 @@ def test_a_misshaped_or_unknown_tensor_is_named(name):
 
 
 def test_binary_ae_round_trip_with_its_discriminator():
-    target = build.param_shapes(build.make_module("tokenizer", "binary_ae", SMALL_BAE))
-    gan_hparams = {"width": 8, "layers": 2}
-    gan = PatchDiscriminator(width=8, layers=2)
-    gan_target = jax.eval_shape(
-        lambda: gan.init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
-    )
-    params, tensors = random_export(binary_ae.table(SMALL_BAE), SMALL_BAE, target)
-    gan_params, gan_tensors = random_export(patchgan.table(gan_hparams), gan_hparams, gan_target, 1)
+    target, gan_hparams = target_of("binary_ae", SMALL_BAE), {"width": 8, "layers": 2}
+    params, tensors = random_export("binary_ae", SMALL_BAE)
+    gan_params, gan_tensors, gan_target = discriminator_export(gan_hparams, 32, 1)
     unused = "ae.generator.logsigma.0.weight"
     # Not the default, so that it must come from the file.
     tensors[unused] = np.full_like(tensors[unused], 3)
@@ -215,8 +139,7 @@ def test_binary_ae_round_trip_with_its_discriminator():
 
 @pytest.mark.parametrize("prefix", ["", "module.ae."])
 def test_binary_ae_under_other_prefixes(prefix):
-    target = build.param_shapes(build.make_module("tokenizer", "binary_ae", SMALL_BAE))
-    _, tensors = random_export(binary_ae.table(SMALL_BAE, prefix), SMALL_BAE, target)
+    _, tensors = random_export("binary_ae", SMALL_BAE, prefix=prefix)
     shapes = {n: x.shape for n, x in tensors.items()}
     assert all(n.startswith(prefix) and not n.startswith("ae.") for n in shapes)
     assert binary_ae.wrapping(shapes) == {"prefix": prefix, "discriminator": None}
@@ -232,13 +155,12 @@ def test_binary_ae_settings_read_from_json_work_as_lists():
 @pytest.mark.parametrize("multiplier", [1.0, 1.5, 3.0, 7 / 3, 1 / 3])
 def test_decoder_multiplier_is_recognised_up_to_what_it_does(multiplier):
     hparams = {**SMALL_BAE, "blocks": 3, "decoder_multiplier": multiplier}
-    target = build.param_shapes(build.make_module("tokenizer", "binary_ae", hparams))
-    _, tensors = random_export(binary_ae.table(hparams), hparams, target)
+    _, tensors = random_export("binary_ae", hparams)
     shapes = {n: x.shape for n, x in tensors.items()}
     found = binary_ae.recognise(shapes)
     assert found is not None
     assert int(3 * found["decoder_multiplier"]) == int(3 * multiplier)
-    plan_import(binary_ae.table(found), shapes, target)
+    plan_import(binary_ae.table(found), shapes, target_of("binary_ae", hparams))
 
 
 def test_decoder_multiplier_survives_rounding():
@@ -249,9 +171,8 @@ def test_decoder_multiplier_survives_rounding():
 @pytest.mark.parametrize("adaln", [True, False])
 def test_bigr_round_trip(adaln):
     hparams = {**SMALL_BIGR, "adaln": adaln}
-    target = build.param_shapes(build.make_module("generator", "bigr", hparams))
-    table = bigr.table(hparams)
-    params, tensors = random_export(table, hparams, target)
+    target, table = target_of("bigr", hparams), bigr.table(hparams)
+    params, tensors = random_export("bigr", hparams)
     assert ("adaLN.1.weight" in tensors) == ("layers.2.ada_gss" in tensors) == adaln
     imported, carried = import_tensors(table, tensors, target)
     assert not carried
@@ -267,9 +188,7 @@ def test_bigr_round_trip(adaln):
 
 
 def test_bigr_attention_kernels_split_as_the_reference_splits():
-    target = build.param_shapes(build.make_module("generator", "bigr", SMALL_BIGR))
-    _, tensors = random_export(bigr.table(SMALL_BIGR), SMALL_BIGR, target)
-    params, _ = import_tensors(bigr.table(SMALL_BIGR), tensors, target)
+    params, tensors = random_export("bigr", SMALL_BIGR)
     x = np.random.default_rng(5).standard_normal((7, 48)).astype(np.float32)
     for i in range(3):
         qkv = torch.from_numpy(x) @ torch.from_numpy(tensors[f"layers.{i}.attention.wqkv.weight"]).T
@@ -298,22 +217,11 @@ def test_bigr_attention_kernels_split_as_the_reference_splits():
     ],
 )
 def test_bigr_tensors_that_shapes_cannot_tell_apart(name, ours):
-    target = build.param_shapes(build.make_module("generator", "bigr", SMALL_BIGR))
-    _, tensors = random_export(bigr.table(SMALL_BIGR), SMALL_BIGR, target)
+    target, (_, tensors) = target_of("bigr", SMALL_BIGR), random_export("bigr", SMALL_BIGR)
     plan = plan_import(bigr.table(SMALL_BIGR), {n: x.shape for n, x in tensors.items()}, target)
     (fill,) = [fill for fill in plan.fills if fill.torch == name]
     assert fill.path == ours
     assert fill.index == (1 if name.startswith("layers.1.") else None)
-
-
-def test_bigr_denoiser_under_two_names_must_agree():
-    target = build.param_shapes(build.make_module("generator", "bigr", SMALL_BIGR))
-    table = bigr.table(SMALL_BIGR)
-    _, tensors = random_export(table, SMALL_BIGR, target)
-    alias = "diffusion_processor._denoise_fn.blocks.1.mlp.2.bias"
-    tensors[alias] = tensors[alias] + 1
-    with pytest.raises(UserError, match=r"_denoise_fn\.blocks\.1\.mlp\.2\.bias and denoise_mlp"):
-        import_tensors(table, tensors, target)
 
 
 def test_bigr_noise_schedule_is_linear_and_ends_in_coins():
@@ -360,11 +268,7 @@ def test_discriminator_of_the_released_files():
 @pytest.mark.parametrize("layers", [1, 3, 5])
 def test_discriminator_tensors_have_the_same_shapes_imported_and_kept_aside(layers):
     hparams = {"width": 4, "layers": layers}
-    gan = PatchDiscriminator(width=4, layers=layers)
-    target = jax.eval_shape(
-        lambda: gan.init(jax.random.key(0), np.zeros((1, 128, 128, 3), np.float32))
-    )
-    _, tensors = random_export(patchgan.table(hparams), hparams, target)
+    _, tensors, _ = discriminator_export(hparams, 128)
     shapes = {n: x.shape for n, x in tensors.items()}
     assert {entry.torch: entry.shape for entry in patchgan.carried(hparams)} == shapes
     assert patchgan.recognise(shapes) == hparams

@@ -1,14 +1,22 @@
-"""Checkpoint files like the released ones, of models that take milliseconds."""
+"""Checkpoint files like the released ones, of models that take milliseconds; and manifests.
 
+`manifests/*.json.gz` hold the names and shapes of every tensor of a released checkpoint.
+"""
+
+import gzip
+import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import torch
 
 from bitgen import build
-from bitgen.convert import bigr, binary_ae
+from bitgen.convert.directory import FAMILIES
 from bitgen.convert.rules import export_tensors
+
+MANIFESTS = Path(__file__).parents[1] / "manifests"
 
 BIGR = {
     "width": 64,
@@ -36,16 +44,15 @@ DISCRIMINATOR = {"layers": 2, "width": 4}
 
 def bigr_tensors(seed: int = 0) -> dict[str, np.ndarray]:
     """The state dict of a BiGR; a second name of a tensor is the same array."""
-    return _random(bigr.table(BIGR), "generator", "bigr", BIGR, seed)
+    return random_export("bigr", BIGR, seed)[1]
 
 
 def binary_ae_tensors(seed: int = 0) -> dict[str, np.ndarray]:
     """The state dict of a binary autoencoder with its discriminator and the perceptual network."""
-    table = binary_ae.table(BINARY_AE)
-    tensors = _random(table, "tokenizer", "binary_ae", BINARY_AE, seed)
+    tensors = random_export("binary_ae", BINARY_AE, seed)[1]
     rng = np.random.default_rng(seed + 1)
-    layout = binary_ae.table(BINARY_AE, discriminator=DISCRIMINATOR)
-    for entry in layout:
+    table = FAMILIES["binary_ae"].convert.table
+    for entry in table(BINARY_AE, discriminator=DISCRIMINATOR):
         if entry.torch.startswith("disc."):
             tensors[entry.torch] = rng.standard_normal(entry.shape).astype(np.float32)
         if entry.torch.endswith("num_batches_tracked"):
@@ -76,8 +83,38 @@ def save_binary_ae(path: Path, seed: int = 0) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _random(table, kind: str, family: str, hparams: dict, seed: int) -> dict[str, np.ndarray]:
+def target_of(family: str, hparams: dict[str, Any]) -> Any:
+    """The shapes of a model's parameters."""
+    return build.param_shapes(build.make_module(FAMILIES[family].kind, family, hparams))
+
+
+def random_like(target: Any, seed: int = 0) -> Any:
+    """Random float32 arrays of these shapes."""
     rng = np.random.default_rng(seed)
-    target = build.param_shapes(build.make_module(kind, family, hparams))
-    params = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), target)
-    return dict(export_tensors(table, params, {}, hparams, target))
+    return jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), target)
+
+
+def random_export(
+    family: str, hparams: dict[str, Any], seed: int = 0, **wrapping: Any
+) -> tuple[Any, dict[str, np.ndarray]]:
+    """Random parameters, and the PyTorch tensors that the family's table writes of them."""
+    target = target_of(family, hparams)
+    params = random_like(target, seed)
+    table = FAMILIES[family].convert.table(hparams, **wrapping)
+    return params, dict(export_tensors(table, params, {}, hparams, target))
+
+
+def assert_same_trees(a: Any, b: Any) -> None:
+    """Two trees have the same leaves, bit for bit."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        assert np.asarray(x).dtype == np.asarray(y).dtype, path
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), path
+
+
+def manifest(name: str) -> tuple[str, dict[str, Any], dict[str, tuple[int, ...]]]:
+    """Family, settings in our words, and shapes of a released file."""
+    spec = json.loads(gzip.decompress((MANIFESTS / f"{name}.json.gz").read_bytes()))
+    hparams = FAMILIES[spec["family"]].convert.hparams_from_reference(spec["hparams"])
+    shapes = {name: tuple(shape) for name, (shape, _) in spec["tensors"].items()}
+    return spec["family"], hparams, shapes

@@ -12,8 +12,8 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from helpers.checkpoint_files import assert_same_trees, random_like, target_of
 
-from bitgen import build
 from bitgen.errors import UserError
 from bitgen.hub import model_directory, streaming
 from bitgen.hub.streaming import LazyArray
@@ -31,20 +31,11 @@ INFO = {"kind": "tokenizer", "family": "binary_ae", "hparams": TOKENIZER}
 
 
 def random_params(dtype=np.float32):
-    target = build.param_shapes(build.make_module("tokenizer", "binary_ae", TOKENIZER))
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(dtype), target)
+    return jax.tree.map(lambda x: x.astype(dtype), random_like(target_of("binary_ae", TOKENIZER)))
 
 
 def lazily(params, make=lambda x: x):
     return jax.tree.map(lambda x: LazyArray(x.shape, x.dtype, lambda: make(x)), params)
-
-
-def assert_same_trees(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
-        assert np.asarray(x).dtype == np.asarray(y).dtype, path
-        assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), path
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
