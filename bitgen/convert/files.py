@@ -4,7 +4,6 @@ Loading runs no code: a pickle that holds anything but tensors and plain values 
 """
 
 import ctypes
-import json
 import math
 import mmap
 import os
@@ -21,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from bitgen.convert.entries import Shape
@@ -33,18 +31,8 @@ TORCH_SUFFIXES = (".pt", ".pth", ".th")
 WEIGHTS = {"ema": ("ema",), "model": ("model", "state_dict", "vae")}
 _PREFIXES = ("module.", "_orig_mod.")  # of PyTorch's data parallel and compiled modules
 
-_SAFETENSORS_TYPES = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": jnp.bfloat16,
-    "I64": np.int64,
-    "I32": np.int32,
-    "I16": np.int16,
-    "I8": np.int8,
-    "U8": np.uint8,
-    "BOOL": np.bool_,
-}
+_SAFETENSORS_TYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
+_HALVES = ("F16", "BF16")
 _STORAGES = {
     "float64": "DoubleStorage",
     "float32": "FloatStorage",
@@ -209,39 +197,26 @@ def _give_back(tensor: Any) -> None:
 
 
 def _open_safetensors(path: Path) -> Tensors:
-    # Read by hand, since the usual reader maps the whole file and keeps its pages.
-    with path.open("rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
-        size = path.stat().st_size - start
-        if size < 0:
-            raise UserError(f"{path} is truncated, or no safetensors file: download it again")
-        try:
-            header = json.loads(file.read(start - 8))
-            header.pop("__metadata__", None)
-        except (ValueError, AttributeError):
-            raise UserError(f"{path} is damaged: its header is no JSON") from None
-    shapes, places = {}, {}
-    for name, entry in header.items():
-        try:
-            dtype, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
-            first, last = map(int, entry["data_offsets"])
-        except (KeyError, TypeError, ValueError):
-            raise UserError(f"{path} is damaged: its header has {entry} for {name}") from None
-        dtype = np.dtype(choose(f"type of {name} in {path}:", dtype, _SAFETENSORS_TYPES))
-        if last > size:
-            raise UserError(f"{path} is truncated: tensor {name} ends behind it; download it again")
-        if last - first != math.prod(shape) * dtype.itemsize or first < 0:
-            what = f"{last - first} bytes for {name} {list(shape)} {dtype}"
-            raise UserError(f"{path} is damaged: its header has {what}")
-        shapes[name], places[name] = shape, (dtype, shape, first)
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise UserError(f"{path} needs safetensors: pip install 'bitgen[convert]'") from None
+
+    try:
+        file = safe_open(path, "np", backend="pread")  # a mapped file's pages would count as ours
+    except SafetensorError as e:
+        raise UserError(f"{path} is truncated or damaged ({e}): download it again") from None
+    names = _without_prefix({name: name for name in file.offset_keys()})
+    slices = {name: file.get_slice(inner) for name, inner in names.items()}
+    for name, part in slices.items():
+        choose(f"type of {name} in {path}:", part.get_dtype(), _SAFETENSORS_TYPES)
+    shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
 
     def read(name: str) -> np.ndarray:
-        dtype, shape, first = places[name]
-        array = np.fromfile(path, dtype, math.prod(shape), offset=start + first).reshape(shape)
-        half = dtype.itemsize == 2 and jnp.issubdtype(dtype, np.floating)
-        return array.astype(np.float32) if half else array
+        array = file.get_tensor(names[name])
+        return array.astype(np.float32) if slices[name].get_dtype() in _HALVES else array
 
-    return Tensors(path, None, _without_prefix(shapes), _without_prefix(places), read)
+    return Tensors(path, None, shapes, names, read)
 
 
 def check_space(directory: Path, size: int) -> None:

@@ -203,10 +203,13 @@ def test_what_holds_no_state_dict_is_named(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dtype": "F8_E4M3"}, r"unknown type of a\.weight in .*: 'F8_E4M3', have \['BF16'"),
-        ({"shape": "?"}, "is damaged: its header has {'dtype'.* for a.weight"),
-        ({"shape": [4, 4]}, "is damaged: its header has 48 bytes for a.weight"),
-        ({"data_offsets": [0, 10**6]}, "is truncated: tensor a.weight"),
+        (
+            {"dtype": "F8_E4M3", "shape": [48]},
+            r"unknown type of a\.weight in .*: 'F8_E4M3', have \['BF16'",
+        ),
+        ({"shape": "?"}, "is truncated or damaged .*invalid type"),
+        ({"shape": [4, 4]}, "is truncated or damaged .*invalid shape"),
+        ({"data_offsets": [0, 10**6]}, "is truncated or damaged"),
     ],
 )
 def test_safetensors_headers_that_lie_are_named(tmp_path, change, message):
@@ -221,7 +224,7 @@ def test_safetensors_headers_that_lie_are_named(tmp_path, change, message):
     with pytest.raises(UserError, match=message):
         open_tensors(path)
     path.write_bytes((10).to_bytes(8, "little") + b"{not json]" + data[start:])
-    with pytest.raises(UserError, match="is damaged: its header is no JSON"):
+    with pytest.raises(UserError, match=r"is truncated or damaged .*invalid JSON"):
         open_tensors(path)
 
 
