@@ -8,12 +8,12 @@ model.sample("3,7", to="pil")
 from typing import TYPE_CHECKING, Any
 
 from bitgen.errors import UserError
+from bitgen.version import __version__
 
 if TYPE_CHECKING:
     from bitgen.api import Pipeline, load
 
-__version__ = "0.1.0"
-__all__ = ["Pipeline", "UserError", "load"]
+__all__ = ["Pipeline", "UserError", "__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:

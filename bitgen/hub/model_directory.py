@@ -20,11 +20,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from bitgen import __version__, build
+from bitgen import build
 from bitgen.errors import UserError, choose, first_line, is_disk_full
 from bitgen.hub import streaming, zoo
 from bitgen.hub.streaming import LazyArray
 from bitgen.runtime.distributed import fetch_global, is_first, on_first
+from bitgen.version import __version__
 
 FORMAT = 1
 

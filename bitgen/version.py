@@ -1,0 +1,3 @@
+"""The version of bitgen, which the package and every model directory have."""
+
+__version__ = "0.1.0"
