@@ -1,9 +1,6 @@
 """Inception's weights, from PyTorch's two ports or from TensorFlow's own frozen graph."""
 
-import functools
-import math
-import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,100 +83,31 @@ def table() -> list[Entry]:
 
 def _from_graph(path: Path) -> dict[str, np.ndarray]:
     """-> the graph's constants by the names, and in the layout, of the PyTorch ports."""
+    from google.protobuf.message import DecodeError
+    from tensorboard.compat.proto.graph_pb2 import GraphDef
+    from tensorboard.util.tensor_util import make_ndarray
+
     try:
-        constants = read_constants(path)
-    except (ValueError, IndexError, struct.error) as e:
+        graph = GraphDef.FromString(path.read_bytes())
+    except DecodeError as e:
         raise UserError(f"{path} is no TensorFlow graph, or it is damaged: {e}") from None
-    wanted: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {}
-    for torch, graph in unit_names():
-        wanted[f"{torch}.conv.weight"] = (
-            f"{graph}/conv2d_params",
-            lambda x: x.transpose(3, 2, 0, 1),
-        )
+    constants = {n.name: n.attr["value"].tensor for n in graph.node if n.op == "Const"}
+    tensors, missing = {}, []
+
+    def read(name: str, there: str, *axes: int) -> None:
+        if there in constants:
+            tensors[name] = make_ndarray(constants[there]).transpose(axes or None)
+        else:
+            missing.append(there)
+
+    for torch, unit in unit_names():
+        read(f"{torch}.conv.weight", f"{unit}/conv2d_params", 3, 2, 0, 1)
         for name, there in _NORM_IN_GRAPH.items():
-            wanted[f"{torch}.bn.{name}"] = (f"{graph}/batchnorm/{there}", np.asarray)
-    wanted["fc.weight"] = ("softmax/weights", np.transpose)
-    missing = [there for there, _ in wanted.values() if there not in constants]
+            read(f"{torch}.bn.{name}", f"{unit}/batchnorm/{there}")
+    read("fc.weight", "softmax/weights")
     if missing:
         raise UserError(
-            f"{path} lacks {missing[0]} ({len(missing)} of {len(wanted)} constants): it is not the "
-            "Inception graph of 2015-12-05"
+            f"{path} lacks {missing[0]} ({len(missing)} of {len(missing) + len(tensors)} "
+            "constants): it is not the Inception graph of 2015-12-05"
         )
-    return {name: change(constants[there]()) for name, (there, change) in wanted.items()}
-
-
-# ------------------------------------------------------------------- protocol buffers
-def read_constants(path: str | Path) -> dict[str, Callable[[], np.ndarray]]:
-    """Returns, by name, functions that give the float constants of a frozen graph (a GraphDef).
-
-    Raises ValueError, IndexError or struct.error for a file of another kind.
-    """
-    found = {}
-    for number, node in _fields(memoryview(Path(path).read_bytes())):
-        if number != 1 or not isinstance(node, memoryview):  # GraphDef.node
-            continue
-        name, op, tensor = "", "", None
-        for key, value in _fields(node):
-            if key == 1:
-                name = bytes(value).decode()
-            elif key == 2:
-                op = bytes(value).decode()
-            elif key == 5:  # an attribute: its name and value
-                attribute = dict(_fields(value))
-                if bytes(attribute.get(1, b"")) == b"value":
-                    tensor = dict(_fields(attribute[2])).get(8, tensor)
-        if op == "Const" and tensor is not None and dict(_fields(tensor)).get(1) == 1:  # floats
-            found[name] = functools.partial(_tensor, tensor)
-    if not found:
-        raise ValueError("no constant in it")
-    return found
-
-
-def _tensor(data: memoryview) -> np.ndarray:
-    """TensorProto: shape, and values either as they lie in memory or as a list."""
-    shape: tuple[int, ...] = ()
-    content, values = b"", []
-    for number, value in _fields(data):
-        if number == 2:
-            sides = [dict(_fields(side)) for key, side in _fields(value) if key == 2]
-            shape = tuple(side.get(1, 0) for side in sides)
-        elif number == 4:
-            content = value
-        elif number == 5:
-            values.append(np.frombuffer(value, "<f4"))
-    if len(content):
-        return np.frombuffer(content, "<f4").reshape(shape).astype(np.float32)
-    listed = np.concatenate(values) if values else np.zeros(1, np.float32)
-    # The last value stands for all that are left out.
-    last = np.full(math.prod(shape) - len(listed), listed[-1], np.float32)
-    return np.concatenate([listed, last]).reshape(shape).astype(np.float32)
-
-
-def _fields(data: Any) -> Iterator[tuple[int, Any]]:
-    """Yields number and value of each field of a message: an int, or bytes."""
-    at = 0
-    while at < len(data):
-        key, at = _varint(data, at)
-        kind = key & 7
-        if kind == 0:
-            value, at = _varint(data, at)
-        elif kind in (1, 2, 5):
-            length = {1: 8, 5: 4}.get(kind)
-            if length is None:
-                length, at = _varint(data, at)
-            if at + length > len(data):
-                raise ValueError("it ends too early")
-            value, at = data[at : at + length], at + length
-        else:
-            raise ValueError(f"a field of unknown kind {kind}")
-        yield key >> 3, value
-
-
-def _varint(data: Any, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[at]
-        value |= (byte & 127) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 128:
-            return value, at
+    return tensors

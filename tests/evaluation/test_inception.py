@@ -9,7 +9,7 @@ from bitgen.errors import UserError
 from bitgen.evaluation.features import PROTOCOLS, Extractor, prepare_adm, prepare_pytorch_fid
 from bitgen.evaluation.inception import ConvNorm, Inception, unit_names
 from bitgen.evaluation.resize import bilinear_weights, resize_bilinear
-from bitgen.evaluation.weights import find_weights, load_inception, read_constants
+from bitgen.evaluation.weights import find_weights, load_inception
 from bitgen.runtime.mesh import make_mesh
 
 # TensorFlow's name of a convolution of each kind of place.
@@ -170,6 +170,10 @@ def frozen_graph(state) -> bytes:
         graph.node.add(name=name, op="Relu", input=[f"{name}/batchnorm"])
     add("softmax/weights", np.ascontiguousarray(state["fc.weight"].numpy().T))
     add("softmax/biases", state["fc.bias"].numpy())
+    # TensorFlow also lists values, and leaves out those that repeat.
+    tensor = next(n for n in graph.node if n.name.endswith("/beta")).attr["value"].tensor
+    tensor.float_val.extend(np.frombuffer(tensor.tensor_content, np.float32))
+    tensor.tensor_content = b""
     return graph.SerializeToString()
 
 
@@ -215,23 +219,6 @@ def test_names_of_the_graph():
     names = dict(unit_names())
     assert len(names) == len(set(names.values())) == 94
     assert {name: names[name] for name in NAMES} == NAMES
-
-
-def test_constants_that_are_listed_or_repeated(tmp_path):
-    import tensorflow as tf
-
-    graph = tf.compat.v1.GraphDef()
-    for name, values in (("listed", [1.0, 2.0, 3.0, -4.0]), ("repeated", [0.5])):
-        node = graph.node.add(name=name, op="Const")
-        tensor = node.attr["value"].tensor
-        tensor.dtype = 1
-        tensor.tensor_shape.dim.add(size=2)
-        tensor.tensor_shape.dim.add(size=2)
-        tensor.float_val.extend(values)
-    (tmp_path / "graph.pb").write_bytes(graph.SerializeToString())
-    found = read_constants(tmp_path / "graph.pb")
-    np.testing.assert_array_equal(found["listed"](), [[1, 2], [3, -4]])
-    np.testing.assert_array_equal(found["repeated"](), np.full((2, 2), 0.5))
 
 
 @pytest.mark.parametrize("size", [8, 32, 256, 400])
@@ -306,7 +293,7 @@ def test_errors_say_what_to_do(tmp_path, monkeypatch, files):
     with pytest.raises(UserError, match="no TensorFlow graph"):
         load_inception(find_weights())
     (tmp_path / "short.pb").write_bytes(files[0].read_bytes()[:-10])
-    with pytest.raises(UserError, match=r"no TensorFlow graph.*ends too early"):
+    with pytest.raises(UserError, match="no TensorFlow graph"):
         load_inception(tmp_path / "short.pb")
     state = torch.load(files[-1])
     del state["Mixed_6b.branch1x1.bn.weight"]
