@@ -1,10 +1,10 @@
-"""bitgen in a notebook: `bitgen.load(...)`, then `encode`, `decode`, `sample` and `edit`.
+"""The Python API: `bitgen.load(...)`, then `encode`, `decode`, `sample` and `edit`.
 
 model = bitgen.load("runs/digits/bigr/model")
-bits = model.encode("seven.png")  # bool [1, h, w, k]
-again = model.decode(bits)  # uint8 [1, S, S, 3]
-images = model.sample([7, 7, 3], seed=1, guidance=2.0, to="pil")
-changed = model.edit("seven.png", "inpaint", box=(0, 0, 16, 16), label=3)
+images = model.sample("3,7", seed=1, guidance=2.0, to="pil")
+bits = model.encode(images)  # bool [2, h, w, k]
+again = model.decode(bits)  # uint8 [2, S, S, 3]
+edited = model.edit(images[0], "inpaint", box=(0, 0, 16, 16), label=8)
 """
 
 import dataclasses
@@ -38,8 +38,8 @@ from bitgen.samplers import edits
 from bitgen.samplers.images import Plan, default_plan, make_plan, prepare, sample_images
 from bitgen.samplers.progressive import progressive_images
 
-# One picture, or several: PIL, a file, uint8 of any size [H, W, 3], float in [-1, 1] of the model's
-# size [S, S, 3], and lists or a leading axis of those.
+# One picture or several: PIL, a file, uint8 of any size [H, W, 3], float in [-1, 1] in the model's
+# size [S, S, 3], and lists of those or arrays with a leading axis.
 Pictures = Any
 Labels = str | int | Sequence[int] | np.ndarray
 Out = Literal["uint8", "float", "pil"]
@@ -58,9 +58,9 @@ def load(
 
     Args:
       path: model directory, or name of a released model with or without zoo: before it.
-      tokenizer: of a generator, in the same ways. By default the one that a released model names,
-        or that the generator was trained with, if it lies near it (as a run's workdirs do).
-      mesh: devices to share the work, all with `make_mesh()`; by default the first.
+      tokenizer: of a generator, in the same form. By default that of the released model, or the one
+        that the generator was trained with, if it lies nearby (as in a run's workdirs).
+      mesh: devices that share the work, all with `make_mesh()`; by default the first.
       dtype: of the computation, float32 or bfloat16.
 
     Raises UserError if a model cannot be read, or the two do not fit.
@@ -83,7 +83,7 @@ def load(
 
 
 def find_tokenizer(path: str) -> str:
-    """Returns the tokenizer of a generator: by its name in the zoo, or by its digest nearby.
+    """Returns the tokenizer of a generator: by name if released, else by its digest nearby.
 
     Raises UserError if it is not found.
     """
@@ -103,16 +103,16 @@ def find_tokenizer(path: str) -> str:
             if info.get("kind") == "tokenizer" and info.get("digest") == wanted["digest"]:
                 return str(file.parent)
     raise UserError(
-        f"the tokenizer of {path} ({wanted.get('family')}, digest {wanted['digest']}) is not "
-        "near it: give tokenizer=DIR"
+        f"the tokenizer of {path} ({wanted.get('family')}, digest {wanted['digest']}) was not "
+        "found nearby: give tokenizer=DIR"
     )
 
 
 class Pipeline:
     """A loaded tokenizer, and the generator of its bits if there is one.
 
-    Arrays come back as NumPy on this process. A program is compiled once for each batch shape and
-    plan. Bad input raises `bitgen.UserError`.
+    Arrays are returned as NumPy on this process. Each batch shape and plan is compiled once. Bad
+    input raises `bitgen.UserError`.
     """
 
     def __init__(self, tokenizer: Model, generator: Model | None, mesh: Mesh):
@@ -143,7 +143,7 @@ class Pipeline:
 
     @property
     def class_names(self) -> list[str]:
-        """Names of the generator's classes, numbers if it has no names."""
+        """Names of the generator's classes; numbers if they have no names."""
         info = self._generator().info
         names = class_names_of(info)
         return names or [str(label) for label in range(info["hparams"]["num_classes"])]
@@ -151,7 +151,7 @@ class Pipeline:
     def plan(self, **settings: Any) -> Plan:
         """Returns the settings of the generator's sampler, with the given ones changed.
 
-        By default no more denoiser steps than the model was trained with.
+        By default, there are at most as many denoiser steps as in training.
         """
         generator = self._generator()
         fields = dataclasses.asdict(default_plan(generator.info["family"]))
@@ -163,17 +163,17 @@ class Pipeline:
         return make_plan(generator.module, {**fields, **settings})
 
     def encode(self, images: Pictures, *, batch_size: int = 64) -> Codes:
-        """Returns the codes of pictures, of which uint8 ones and files are cropped to the model.
+        """Returns the codes of pictures; uint8 ones and files are cropped to the model's size.
 
-        Bool [b, h, w, k]; a tuple of those from a tokenizer of several scales; float32
-        [b, h, w, c] from one of continuous latents.
+        Bool [b, h, w, k]; a tuple of them from a tokenizer with several scales; float32 [b, h, w,
+        c] from one with continuous latents.
         """
         return self._batched(self._encode, self.read(images), batch_size)
 
     def decode(self, codes: Codes, *, to: Out = "uint8", batch_size: int = 64) -> Any:
-        """Returns the images of what `encode` gives, [b, S, S, 3] or a list of PIL images.
+        """Returns the images of codes from `encode`, [b, S, S, 3] or a list of PIL images.
 
-        `to="float"` gives what the decoder gives, about [-1, 1], not clipped.
+        `to="float"` gives the decoder's output, about [-1, 1], not clipped.
         """
         images = self._batched(self._decode, check_codes(self.tokenizer.module, codes), batch_size)
         return give(images, to)
@@ -191,9 +191,9 @@ class Pipeline:
 
         Args:
           labels: numbers, or text such as "0-9" or "goldfish,otter".
-          seed: an image depends on it, its label and its place only.
+          seed: an image depends only on the seed, its label and its position.
           to: "uint8", "float" in [-1, 1], or "pil".
-          batch_size: images drawn together.
+          batch_size: number of images drawn together.
           **settings: of the sampler, such as guidance and iterations; see `plan`.
         """
         plan, labels = self.plan(**settings), self.labels(labels)
@@ -218,8 +218,8 @@ class Pipeline:
     ) -> Iterator[tuple[UInt8[np.ndarray, "b S S 3"], Bool[np.ndarray, "b h w"]]]:
         """Yields the images of `sample` while they are drawn, grey where no token is drawn yet.
 
-        The second value says which tokens are drawn. One of `every` steps is yielded, and the
-        last. All images are one batch.
+        The second value tells which tokens are drawn. One of `every` steps is yielded, and the last
+        one. All images are one batch.
         """
         plan, labels = self.plan(**settings), self.labels(labels)
         if every < 1:
@@ -246,11 +246,11 @@ class Pipeline:
 
         Args:
           image: the picture, of any size; none for interpolate.
-          kind: inpaint, outpaint, edit, interpolate or enrich, as mode `edit`.
+          kind: inpaint, outpaint, edit, interpolate or enrich, as in mode `edit`.
           mask: where to draw (to keep, for outpaint): bool in the picture's size [H, W] or the
             grid's [h, w], PIL image or file.
-          box: instead of a mask, (x0, y0, x1, y1) in the picture's pixels.
-          label: class of what is drawn.
+          box: instead of a mask, (x0, y0, x1, y1) in pixels of the picture.
+          label: class to draw.
           labels: two classes to interpolate.
           seed: of the variants.
           to: "uint8", "float" in [-1, 1], or "pil".
@@ -271,7 +271,7 @@ class Pipeline:
         return give(drawn.images, to)
 
     def drawn(self, image: Pictures, kind: str, **settings: Any) -> edits.EditResult:
-        """Returns the result of `edit` with the labels, masks and settings that it came from."""
+        """Returns the result of `edit` with the labels, masks and settings of its images."""
         generator, settings = self._generator(), dict(settings)
         mask, box, sampler = (settings.pop(name, None) for name in ("mask", "box", "sampler"))
         choose("kind of edit", kind, edits.KINDS)
@@ -306,7 +306,7 @@ class Pipeline:
         )
 
     def read(self, images: Pictures) -> np.ndarray:
-        """Returns pictures as the model sees them, float32 [b, S, S, 3] in [-1, 1]."""
+        """Returns pictures as the model's input, float32 [b, S, S, 3] in [-1, 1]."""
         size, channels = self.image_size, self.tokenizer.module.channels
         parts = [
             part if part.dtype == np.float32 else np.asarray(from_uint8(jnp.asarray(part)))
@@ -326,7 +326,7 @@ class Pipeline:
         return self.generator
 
     def _batched(self, run: Any, inputs: Any, batch_size: int) -> Any:
-        """Runs a program over batches of one size; the last is filled up."""
+        """Runs a program over batches of one size; the last is padded."""
         total = len(jax.tree.leaves(inputs)[0])
         if batch_size < 1 or total < 1:
             raise UserError(f"need a batch and an input at least, got {batch_size} and {total}")
@@ -344,7 +344,7 @@ class Pipeline:
 def _source(
     settings: Any, image: Pictures, mask: Any, grid: tuple[int, int]
 ) -> tuple[edits.EditInput, Any]:
-    """-> the picture and the area on it, and the tokens to draw if the mask is of the grid."""
+    """Returns the picture and the area on it, and the tokens to draw if the mask is of the grid."""
     picture = None if image is None else as_picture(image)
     if picture is None or not (settings.mask or settings.box):
         return edits.EditInput(picture), None
@@ -361,12 +361,12 @@ def _text(labels: Labels) -> str:
 
 
 def _name(path: str | Path) -> str:
-    """-> zoo:NAME for the name of a released model, unless there is a directory of that name."""
+    """Returns zoo:NAME for the name of a released model, unless a directory has that name."""
     return f"zoo:{path}" if str(path) in zoo.ZOO and not Path(path).exists() else str(path)
 
 
 def check_codes(module: Any, codes: Any) -> Any:
-    """Returns what a tokenizer decodes as NumPy; raises UserError unless it has its shapes."""
+    """Returns codes as NumPy; raises UserError unless they have the tokenizer's shapes."""
     grids = getattr(module, "scales", None)
     found = codes if isinstance(codes, tuple | list) else (codes,)
     found = tuple(np.asarray(part) for part in found)

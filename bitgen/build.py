@@ -1,4 +1,4 @@
-"""Modules from a config or a model.json, by the name of their family."""
+"""Builds modules from a config or a model.json, by the name of their family."""
 
 import dataclasses
 from typing import Any
@@ -97,7 +97,7 @@ def init_params(module: Any, key: jax.Array) -> Any:
 
 
 def param_shapes(module: Any) -> Any:
-    """Returns the shapes and dtypes of a module's parameters, computing nothing."""
+    """Returns the shapes and dtypes of a module's parameters without computing them."""
     return jax.eval_shape(lambda: init_params(module, jax.random.key(0)))
 
 

@@ -16,7 +16,7 @@ TRAIN = {
     "task": "",  # tokenizer | generator
     "steps": 100_000,
     "batch_size": 64,  # over all devices
-    # Parts of a batch that a step computes one after another, in the memory of one part.
+    # Parts of a batch that a step computes one after another, to save memory.
     "accumulate": 1,
     # Patterns of parameter paths to keep fixed: ("^encoder/", "^quantizer/") trains a tokenizer's
     # decoder alone and leaves all bits as they are.
@@ -134,7 +134,7 @@ LOSS = {
     "l2": 0.0,
     "perceptual_weight": 1.0,  # of LPIPS (VGG16); 0: none, and no file is needed
     "perceptual_weights": "hub",  # or a file or directory
-    # Of these three, the ones that the family does not have are ignored.
+    # A family ignores those of these three losses that it does not have.
     "code_weight": 0.0,  # how certain each bit is (binary_ae)
     "entropy_weight": 0.1,  # certain codes, all of them in use (sign, spherical bits)
     "commitment_weight": 0.25,  # distance to the code (sign, spherical bits)
@@ -180,8 +180,8 @@ def tokenizer(family: str, **fields: Any) -> Any:
     config.model = build.model_config("tokenizer", family, **fields)
     config.train.task = "tokenizer"
     config.loss = ConfigDict(LOSS)
-    # What reconstruction losses and the discriminator see: [0, 1] as the binary autoencoder's
-    # authors train it; LPIPS was made for [-1, 1].
+    # The range of reconstruction losses and discriminator: [0, 1] for the binary autoencoder, as
+    # its authors train it; LPIPS was made for [-1, 1].
     config.loss.pixel_range = (0.0, 1.0) if family == "binary_ae" else (-1.0, 1.0)
     return config
 

@@ -18,7 +18,7 @@ def first_line(error: BaseException) -> str:
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Returns whether an error, or one that caused it, is of a disk without space."""
+    """Returns whether an error, or a cause of it, is a full disk."""
     while error is not None:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             return True

@@ -1,4 +1,4 @@
-"""Class labels as a user writes them: indices, ranges, names."""
+"""Class labels as users write them: numbers, ranges and names."""
 
 import collections
 import difflib
@@ -66,7 +66,7 @@ def _by_word(class_names: tuple[str, ...]) -> dict[str, list[int]]:
 
 
 def _unknown(part: str, found: Sequence[int], index: Mapping[str, list[int]]) -> str:
-    """Returns the error for a name of no class, or of several (`found`)."""
+    """Returns the error for a name that belongs to no class, or to several (`found`)."""
     if found:
         return f"{part!r} names classes {', '.join(map(str, found))}: write the number"
     near = difflib.get_close_matches(part.lower(), index, n=3)

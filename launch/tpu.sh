@@ -220,7 +220,7 @@ watch() {
     case "${now//ended 75/lost}" in
       UNKNOWN | "ACTIVE " | *running*) ;; # no connection, or still running
       ACTIVE*halted*)
-        note "stopped by hand; the same command goes on from the last checkpoint"
+        note "stopped by hand; the same command resumes from the last checkpoint"
         return
         ;;
       ACTIVE*stopped* | ACTIVE*gone* | ACTIVE*none*) again "$@" ;;

@@ -47,7 +47,7 @@ def test_tokenizer_is_found_by_its_digest(folder, model, tmp_path):
     loaded = model_directory.load(generator, "generator")
     alone = tmp_path / "elsewhere" / "model"
     model_directory.write(alone, {**loaded.info}, loaded.params)
-    with pytest.raises(UserError, match="is not near it: give tokenizer=DIR"):
+    with pytest.raises(UserError, match="was not found nearby: give tokenizer=DIR"):
         bitgen.load(alone)
     given = bitgen.load(alone, folder / "tokenizer" / "model")
     assert given.tokenizer.info["digest"] == model.tokenizer.info["digest"]

@@ -1,7 +1,7 @@
 """Conversion between PyTorch checkpoints and our parameters.
 
-The engine: `rules` applies a table, made of `entries`, in both directions. `directory` goes from a
-file to a model directory and back. A family is a module with `table(hparams, ...)`,
-`recognise(shapes)`, `wrapping(shapes)` and `hparams_from_reference(dict)`; `patchgan` is the
-discriminator in a tokenizer's file.
+`rules` applies a table of `entries` in both directions. `directory` converts a file to a model
+directory and back. Each family is a module with `table(hparams, ...)`, `recognise(shapes)`,
+`wrapping(shapes)` and `hparams_from_reference(dict)`; `patchgan` is the discriminator in a
+tokenizer's file.
 """

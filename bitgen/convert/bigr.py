@@ -51,7 +51,7 @@ def hparams_from_reference(reference: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises UserError if the tokens are not a square grid or differ from the learned positions.
     """
-    # The original's defaults where they are not ours.
+    # The original's defaults where they differ from ours.
     defaults = {"adaln": False, "predict_flip": False}
     tokens = reference.get("block_size", 256)
     side = math.isqrt(tokens)
@@ -90,8 +90,8 @@ def table(hparams: Mapping[str, Any]) -> list[Entry]:
 def recognise(shapes: Mapping[str, Shape]) -> dict[str, Any] | None:
     """Returns BiGR's settings from a file's names and shapes, or None if it has none.
 
-    What no shape tells is that of the released models: 64 channels a head, flips predicted, one
-    class token, and our defaults of the norm and of rotary positions.
+    What no shape tells is taken from the released models: 64 channels per head, predicted flips,
+    one class token, and our defaults of the norm and of rotary positions.
     """
     layers = count_numbered(shapes, r"layers\.(\d+)(\..+)?")
     denoiser_layers = count_numbered(shapes, r"denoise_mlp\.blocks\.(\d+)(\..+)?")
@@ -131,7 +131,7 @@ def noise_schedule(steps: int) -> dict[str, np.ndarray]:
 
     At step t a bit x has mean `k_final[t] * x + b_final[t]`, and `beta[t]` is what one step keeps.
     """
-    # Sums in float64 like the original's, so that the stored float32 are equal bit for bit.
+    # Summed in float64 as in the original, so that the float32 values are equal bit for bit.
     beta = 1 - 1 / (steps - np.arange(1, steps + 1) + 1)
     keep, coin = [1.0], [0.0]
     for kept in beta:

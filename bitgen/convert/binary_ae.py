@@ -1,7 +1,7 @@
 """Conversion table of the binary autoencoder of Binary Latent Diffusion and BiGR.
 
-Released files hold a state dict of the whole GAN: `ae.*`, `disc.*`, `perceptual.*`; bare
-autoencoders have the names without `ae.`.
+Released files hold a state dict of the whole GAN: `ae.*`, `disc.*`, `perceptual.*`. Files of the
+autoencoder alone have the names without `ae.`.
 """
 
 import math
@@ -64,9 +64,9 @@ def table(
 ) -> list[Entry]:
     """Returns the entries between a PyTorch file and the parameters of BinaryAutoencoder.
 
-    `hparams` are its settings. `prefix` stands before the autoencoder's names; `discriminator` has
-    the settings of the PatchDiscriminator in the file, if there is one, which is kept aside.
-    `wrapping` finds both.
+    `hparams` are its settings, `prefix` stands before the autoencoder's names, and `discriminator`
+    has the settings of the file's PatchDiscriminator, if any, which is carried along. `wrapping`
+    finds both.
     """
     config = BinaryAutoencoder(**hparams)
     entries: list[Entry] = []
@@ -91,10 +91,7 @@ def table(
 
 
 def wrapping(shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    """Returns what `table` needs to know of a file besides the settings: prefix and discriminator.
-
-    `shapes` has every tensor's name and shape.
-    """
+    """Returns what `table` needs besides the settings: prefix and discriminator."""
     blocks = (_BLOCK.fullmatch(name) for name in shapes)
     prefix = next((block["prefix"] for block in blocks if block), "ae.")
     gan = prefix.removesuffix("ae.")
@@ -104,9 +101,9 @@ def wrapping(shapes: Mapping[str, Shape]) -> dict[str, Any]:
 def recognise(shapes: Mapping[str, Shape]) -> dict[str, Any] | None:
     """Returns BinaryAutoencoder's settings from a file's names and shapes, or None if it has none.
 
-    What no shape tells is assumed: attention is at 16x16, so that a file with attention inside a
-    level tells the image size; without, the smallest map is taken to be 32x32, as in BiGR's 512
-    pixel model. `deterministic` and `signed` are taken to be false, as in all released files.
+    What no shape tells is assumed. Attention is at 16x16, so that attention inside a level gives
+    the image size; without it, the smallest map is taken to be 32x32, as in BiGR's model for 512
+    pixels. `deterministic` and `signed` are false, as in all released files.
     """
     prefix = wrapping(shapes)["prefix"]
     shapes = {n.removeprefix(prefix): s for n, s in shapes.items() if n.startswith(prefix)}
@@ -124,7 +121,7 @@ def recognise(shapes: Mapping[str, Shape]) -> dict[str, Any] | None:
         start += len(level) + 1
     levels[-1] = levels[-1].rstrip(".").removesuffix("rar")  # in the middle of the model
     blocks, decoder_blocks = levels[0].count("r"), (decoder.count("r") - 2) // len(levels)
-    # The map is 16x16 in the first level with attention, if any.
+    # The first level with attention, if any, has a map of 16x16.
     attended = [i for i, level in enumerate(levels) if "a" in level]
     image_size = 16 * 2 ** attended[-1] if attended else 32 * 2 ** (len(levels) - 1)
     hparams = {
@@ -189,7 +186,7 @@ def _log_sigma(torch: str, config: BinaryAutoencoder) -> list[Entry]:
 
 
 def _kinds(shapes: Mapping[str, Shape], side: str) -> str:
-    """A letter for each block: r residual, a attention, c one that resamples, or a dot."""
+    """Returns a letter per block: r residual, a attention, c resampling, or a dot for others."""
     tensors: dict[int, set[str]] = {}
     for name in shapes:
         if (found := _BLOCK.fullmatch(name)) and found["side"] == side and not found["prefix"]:
@@ -207,6 +204,6 @@ def _kinds(shapes: Mapping[str, Shape], side: str) -> str:
 
 
 def _multiplier(blocks: int, decoder_blocks: int) -> float:
-    """The factor that the reference's int(blocks * factor) takes to the decoder's blocks."""
+    """Returns the factor with which int(blocks * factor) gives the decoder's blocks."""
     factor = decoder_blocks / max(blocks, 1)
     return factor if int(blocks * factor) == decoder_blocks else math.nextafter(factor, math.inf)

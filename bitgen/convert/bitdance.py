@@ -74,8 +74,8 @@ def hparams_from_reference(reference: Mapping[str, Any]) -> dict[str, Any]:
 def table(hparams: Mapping[str, Any], vae: Mapping[str, Any] | None = None) -> list[Entry]:
     """Returns the entries between a PyTorch file and the parameters of BitDance.
 
-    `hparams` are its settings; `vae` has those of the tokenizer that the file repeats, if it does,
-    which is kept aside.
+    `hparams` are its settings; `vae` has those of the tokenizer that the file repeats, if any,
+    which is carried along.
     """
     config = BitDance(**hparams)
     tokens = (config.class_tokens, config.width)
@@ -101,8 +101,8 @@ def table(hparams: Mapping[str, Any], vae: Mapping[str, Any] | None = None) -> l
 def recognise(shapes: Mapping[str, Shape]) -> dict[str, Any] | None:
     """Returns BitDance's settings from a file's names and shapes, or None if it has none.
 
-    What no shape tells is that of the released models: 64 channels a head, tokens of one cell in a
-    square grid, groups in patch order.
+    What no shape tells is taken from the released models: 64 channels per head, tokens of one cell
+    in a square grid, groups in patch order.
     """
     width = shape_votes(shapes, r"layers\.\d+\.(attention|ffn)_norm\.weight", 0)
     hidden = shape_votes(shapes, r"layers\.\d+\.feed_forward\.w2\.weight", 1)
@@ -139,13 +139,15 @@ def recognise(shapes: Mapping[str, Shape]) -> dict[str, Any] | None:
 
 
 def wrapping(shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    """Returns what `table` needs to know of a file besides the settings: the tokenizer in it."""
+    """Returns what `table` needs besides the settings: the tokenizer in the file."""
     inner = {n.removeprefix("vae."): shape for n, shape in shapes.items() if n.startswith("vae.")}
     return {"vae": gfq_ae.recognise(inner)}
 
 
 def _gated(torch: str, ours: str) -> list[Entry]:
-    """w1 is gate and input, one above the other: [2 hidden, d] -> [d, 2, hidden]."""
+    """Returns the rules of a gated MLP, whose w1 stacks gate and input: [2 hidden, d] -> [d, 2,
+    hidden].
+    """
     bias = Transform(lambda x: x.reshape(2, -1), lambda x: x.reshape(-1))
     return [
         Rule(f"{torch}.w1.weight", f"{ours}/gate_up/kernel", _GATE_UP),

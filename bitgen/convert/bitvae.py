@@ -1,8 +1,8 @@
 """Conversion table of BitVAE, Infinity's tokenizer.
 
-Released files are {"vae": state dict}. Their convolutions and norms are `conv1.conv.weight` and
-`norm1.norm.weight`, or have the plain names `conv1.weight` and `norm1.weight`: both are read, and
-written again as they were.
+Released files are {"vae": state dict}. Names of convolutions and norms are `conv1.conv.weight` and
+`norm1.norm.weight`, or plain `conv1.weight` and `norm1.weight`. Both are read, and written back as
+they were.
 """
 
 import re
@@ -35,7 +35,7 @@ _REFERENCE_NAMES = {
     "schedule_mode": "schedule",
     "use_decay_factor": "decay",
 }
-# What would add or change tensors, or what they mean: no released file has it.
+# Settings that would change the tensors or their meaning; no released file has them.
 _UNSUPPORTED = {
     "use_vae": False,
     "ln_before_quant": False,
@@ -53,7 +53,7 @@ _TRAINING_ONLY = {
     "image_disc": "discriminator, in a file of its own when released",
     "video_disc": "discriminator for videos",
 }
-# What a name ends in, in convolutions and in norms, if they have a level more.
+# Endings of names of convolutions and norms that have the additional level.
 _LEVELS = {
     "conv_level": re.compile(r"((?:.*\.)?(?:conv\w*|nin_shortcut))\.conv\.(weight|bias)"),
     "norm_level": re.compile(r"((?:.*\.)?norm\w*)\.norm\.(weight|bias)"),
@@ -63,7 +63,7 @@ _LEVELS = {
 def hparams_from_reference(reference: Mapping[str, Any]) -> dict[str, Any]:
     """Returns BitVAE's settings from the original's arguments.
 
-    A stride of 8 is that of Infinity's spatial patchify, where 2x2 cells make a token. Raises
+    A stride of 8 stands for Infinity's spatial patchify, where 2x2 cells make a token. Raises
     UserError for settings that cannot be imported.
     """
     for name, needed in _UNSUPPORTED.items():
@@ -87,8 +87,8 @@ def table(
 ) -> list[Entry]:
     """Returns the entries between a PyTorch file and the parameters of BitVAE.
 
-    `hparams` are its settings; the others say whether the names of convolutions and norms have the
-    level `.conv` and `.norm`, as `wrapping` finds out.
+    `hparams` are its settings. `conv_level` and `norm_level` say whether names of convolutions and
+    norms have the level `.conv` and `.norm`; `wrapping` finds both.
     """
     config = BitVAE(**hparams)
     # The level of names in convolutions and in norms.
@@ -117,7 +117,7 @@ def table(
 
 
 def wrapping(shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    """Returns what `table` needs to know of a file besides the settings: how names are spelt."""
+    """Returns what `table` needs besides the settings: the form of the names."""
     return {key: any(map(level.fullmatch, shapes)) for key, level in _LEVELS.items()}
 
 
@@ -125,7 +125,7 @@ def recognise(shapes: Mapping[str, Shape]) -> dict[str, Any] | None:
     """Returns BitVAE's settings from a file's names and shapes, or None if it has none.
 
     What no tensor tells is assumed: the schedule is 'dynamic', as in all of Infinity, and a stride
-    of 8 comes with patches of 2x2 cells.
+    of 8 means patches of 2x2 cells.
     """
     shapes = {_plain(name): tuple(shape) for name, shape in shapes.items()}
     width = shape_votes(shapes, r"encoder\.conv_in\.(weight|bias)", 0)
@@ -151,19 +151,19 @@ def recognise(shapes: Mapping[str, Shape]) -> dict[str, Any] | None:
     rules = [e.torch for e in table(hparams, False, False) if isinstance(e, Rule)]
     missing = sum(name not in shapes for name in rules)
     others = [n for n in shapes if n.startswith(("encoder.", "decoder.")) and n not in set(rules)]
-    # A fault or two are for the import to name.
+    # The import names a few faults.
     return hparams if missing + len(others) <= len(rules) // 20 else None
 
 
 def _patches(channels: int, stride: int) -> dict[str, int]:
-    """What follows from the channels of the latents and their stride in pixels."""
+    """Returns the settings that follow from the latents' channels and their stride in pixels."""
     patch = 2 if stride == 8 else 1
     # 16x16 tokens, the smallest square of the schedules.
     return {"bits": channels * patch**2, "patch": patch, "image_size": 16 * stride * patch}
 
 
 def _torch_name(block: str) -> str:
-    """down_1_block_0 -> down.1.block.0, up_1_upsample -> up.1.upsample, mid_block_1 as it is."""
+    """Returns a block's name there: down_1_block_0 -> down.1.block.0, mid_block_1 as it is."""
     return block.replace("_", ".", 1 if block.startswith("mid_") else -1)
 
 
@@ -175,6 +175,6 @@ def _plain(name: str) -> str:
 
 
 def _place_values(hparams: Mapping[str, Any]) -> np.ndarray:
-    """Powers of two, int64 [c], the highest first."""
+    """Returns powers of two, int64 [c], the highest first."""
     channels = BitVAE(**hparams).code_channels
     return np.left_shift(np.int64(1), np.arange(channels)[::-1])

@@ -1,8 +1,8 @@
-"""Conversion table of DC-AE, in the layout of mit-han-lab/efficientvit and in that of diffusers.
+"""Conversion table of DC-AE, in the layouts of mit-han-lab/efficientvit and of diffusers.
 
-The two name the same tensors differently and agree on almost all shapes: 1x1 convolutions around
-the attention are matrices in diffusers, and its projection to queries, keys and values is cut in
-three. Both give the same parameters.
+They name the same tensors differently and agree on almost all shapes. In diffusers, 1x1
+convolutions around the attention are matrices, and the projection to queries, keys and values is
+cut in three. Both give the same parameters.
 """
 
 import re
@@ -63,10 +63,10 @@ _UP_WORDS = {"ConvPixelShuffle": "shuffle", "InterpolateConv": "interpolate"}
 
 
 def hparams_from_reference(reference: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns DCAE's settings from the original's configuration, `encoder` and `decoder` nested.
+    """Returns DCAE's settings from the original's configuration with its `encoder` and `decoder`.
 
-    What a configuration leaves out has the original's default. Raises UserError for what no
-    released model uses and is not here: a norm or activation before the latents, doubled latents,
+    Missing settings have the original's defaults. Raises UserError for settings that no released
+    model uses and bitgen does not have: a norm or activation before the latents, doubled latents,
     resampling that leaves the width to the blocks, and stages of mixed blocks.
     """
     encoder, decoder = dict(reference.get("encoder", {})), dict(reference.get("decoder", {}))
@@ -109,7 +109,7 @@ def hparams_from_reference(reference: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _word(theirs: Any, choices: Mapping[str, str] | None = None) -> str:
-    """Our word for one of a configuration; without choices, for an activation."""
+    """Returns our word for one of a configuration; without `choices`, for an activation."""
     if choices is None:
         return "hard_swish" if theirs == "hswish" else theirs
     if isinstance(theirs, list | tuple):
@@ -157,7 +157,9 @@ def table(hparams: Mapping[str, Any], layout: str = "efficientvit") -> list[Entr
 
 
 def _stage(c: DCAE, side: str, i: int, torch: str, start: int, layout: str) -> list[Entry]:
-    """The blocks of a stage, below `torch`; `start` is the number of the first one in the file."""
+    """Returns the entries of a stage's blocks below `torch`; `start` numbers the first one in the
+    file.
+    """
     depth, block, norm = (getattr(c, f"{side}_{name}")[i] for name in ("depths", "blocks", "norms"))
     ours = f"{side}/stage_{i}"
     numbers = tuple(str(start + j) for j in range(depth))
@@ -201,7 +203,7 @@ def _attention_block(torch: str, ours: str, scaled: bool, norm: str, layout: str
 
 
 def _norm(torch: str, ours: str, kind: str, numbers: tuple[str, ...] = ()) -> list[Entry]:
-    """A norm, or those that `numbers` stand for in place of {n}."""
+    """Returns the entries of a norm, or of those whose numbers stand in place of {n}."""
     stacked: dict[str, Any] = {"stack": "n", "slices": numbers} if numbers else {}
     entries = weights(torch, ours, kernel="scale", **stacked)
     if kind == "batch":
@@ -212,7 +214,7 @@ def _norm(torch: str, ours: str, kind: str, numbers: tuple[str, ...] = ()) -> li
 
 
 def wrapping(shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    """Returns what `table` needs to know of a file besides the settings: its layout."""
+    """Returns what `table` needs besides the settings: the layout."""
     votes = {layout: sum(bool(_STAGES[layout].fullmatch(n)) for n in shapes) for layout in LAYOUTS}
     return {"layout": max(LAYOUTS, key=lambda layout: votes[layout])}
 
@@ -220,9 +222,9 @@ def wrapping(shapes: Mapping[str, Shape]) -> dict[str, Any]:
 def recognise(shapes: Mapping[str, Shape]) -> dict[str, Any] | None:
     """Returns DCAE's settings from a file's names and shapes, or None if it has none.
 
-    What no tensor tells is assumed to be as in all released files: activations are relu after batch
-    norms and silu after others, relu before the pixels; in the layout of diffusers all shortcuts
-    are there; and a first stage without blocks repeats the words of the second, at half its width.
+    What no tensor tells is assumed as in all released files: activations are relu after batch
+    norms, silu after others, and relu before the pixels; the layout of diffusers has all shortcuts;
+    a first stage without blocks has the settings of the second, at half its width.
     """
     layout = wrapping(shapes)["layout"]
     sides = {side: _stages(shapes, layout, side) for side in ("encoder", "decoder")}
@@ -274,7 +276,7 @@ class _Tensor(NamedTuple):
 
 
 def _stages(shapes: Mapping[str, Shape], layout: str, side: str) -> dict[int, list[_Tensor]]:
-    """The tensors of each stage."""
+    """Returns the tensors of each stage."""
     column = LAYOUTS.index(layout)
     parts = {words[column]: part for part, words in _PARTS.items()}
     parts |= {f"attn.to_{third}": "attention/qkv" for third in "qkv"}
@@ -293,7 +295,7 @@ def _stages(shapes: Mapping[str, Shape], layout: str, side: str) -> dict[int, li
 
 
 def _stage_words(side: str, tensors: list[_Tensor]) -> dict[str, Any]:
-    """Our words for a stage of these tensors."""
+    """Returns our settings of a stage with these tensors."""
     blocks = [t for t in tensors if t.part != "resample"]
     parts = {t.part for t in blocks}
     depth = 0
@@ -317,7 +319,7 @@ def _stage_words(side: str, tensors: list[_Tensor]) -> dict[str, Any]:
 
 
 def _keeps_width(stages: Mapping[int, list[_Tensor]], widths: tuple[int, ...]) -> bool:
-    """Whether a stage's resampling convolution has as many outputs as the stage that follows."""
+    """Returns whether the resampling convolutions keep the width of the next stage."""
     return any(
         tensor.part == "resample" and tensor.shape[:1] == (width,)
         for i, width in enumerate(widths)

@@ -1,4 +1,6 @@
-"""From a checkpoint file to a model directory, and back to a file for the original PyTorch code."""
+"""Converts a checkpoint file to a model directory, and back to a file for the original PyTorch
+code.
+"""
 
 import dataclasses
 import itertools
@@ -50,7 +52,7 @@ def find_wrapping(convert: ModuleType, shapes: Mapping[str, Shape]) -> dict[str,
 
 
 class Imported(NamedTuple):
-    """What became of a file."""
+    """The result of an import."""
 
     info: dict[str, Any]  # model.json
     parameters: int
@@ -67,10 +69,10 @@ def import_file(
     """Converts a checkpoint file to a model directory.
 
     Args:
-      source: a PyTorch or safetensors file, which tells family and sizes.
+      source: a PyTorch or safetensors file; its names and shapes tell family and sizes.
       directory: where to; it appears, or replaces a model directory there, only when complete.
-      model: name in the zoo, to override what the file tells.
-      weights: which set of a file with several, by default 'ema' if it is there.
+      model: name in the zoo, which overrides what the file tells.
+      weights: which set of a file with several; by default 'ema' if there is one.
       dtype: of the parameters in the directory, float32 or bfloat16.
 
     Raises UserError for a file that cannot be read, is of no known family or of another than
@@ -86,7 +88,7 @@ def import_file(
     try:
         target = _target(kind, family, hparams)
         plan = plan_import(convert.table(hparams, **wrapping), tensors.shapes, target)
-        # Names of one place in the file need no comparison.
+        # Names of the same place in the file need no comparison.
         places = tensors.places
         others = {a: b for a, b in plan.aliases.items() if places[a] != places[b]}
         check_aliases(dataclasses.replace(plan, aliases=others), tensors)
@@ -128,8 +130,8 @@ def export_file(
     Args:
       directory: a model directory, imported or trained here, or zoo:NAME.
       output: a .pt, .pth or .th file; it appears, or replaces the one before, only when complete.
-      tokenizer: a model directory that goes into the file too, as BitDance's loader demands; not
-        for an imported model, which keeps the one that it came with.
+      tokenizer: a model directory to include, as BitDance's loader demands; not for an imported
+        model, which keeps its own.
     """
     output = Path(output)
     if output.suffix not in TORCH_SUFFIXES or output.is_dir():
@@ -159,7 +161,7 @@ class _Export(NamedTuple):
 
 
 def _export(directory: str | os.PathLike) -> _Export:
-    """Returns the PyTorch tensors of a model directory, each to be made when it is asked for."""
+    """Returns the PyTorch tensors of a model directory, each made when it is read."""
     info = model_directory.read_info(directory)
     kind, convert, _ = choose("family", info["family"], FAMILIES)
     hparams, wrapping = zoo.tuples(info["hparams"]), zoo.tuples(info.get("wrapping", {}))
@@ -178,7 +180,7 @@ def _export(directory: str | os.PathLike) -> _Export:
 
 
 def _recognise(tensors: Tensors, model: str | None) -> tuple[str, dict[str, Any], str]:
-    """Returns family, settings, and the words that begin an error about the tensors."""
+    """Returns family, settings, and the beginning of an error about the tensors."""
     path, shapes = tensors.path, tensors.shapes
     entry = zoo.get(model) if model else None
     found = ((name, family.convert.recognise(shapes)) for name, family in FAMILIES.items())
@@ -210,7 +212,7 @@ def _target(kind: str, family: str, hparams: Mapping[str, Any]) -> dict[str, Any
 
 
 def _lazy_params(plan: Plan, tensors: Tensors, dtype: np.dtype, bar: ProgressBar) -> dict[str, Any]:
-    """Returns our nested parameters, each to be read from the file when it is asked for."""
+    """Returns our nested parameters, each read from the file when it is written."""
     fills = defaultdict(list)
     for fill in plan.fills:
         fills[fill.path].append(fill)

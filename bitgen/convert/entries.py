@@ -1,7 +1,7 @@
-"""What a conversion table is made of: entries, layout transforms and name templates.
+"""The parts of a conversion table: entries, layout transforms and name templates.
 
 Names and paths are templates: `{x}` stands for a run of characters without a separator (`.` in
-PyTorch's names, `/` in our paths), `{x*}` for any run, separators too.
+PyTorch's names, `/` in our paths), `{x*}` for any run, including separators.
 """
 
 import functools
@@ -48,10 +48,10 @@ POINTWISE = Transform(  # a 1x1 convolution [out, in, 1, 1] -> the kernel of a D
 
 @dataclass(frozen=True)
 class Rule:
-    """One tensor is one of our leaves or, with `stack`, one slice of its leading axis.
+    """Maps one tensor to one of our leaves or, with `stack`, to one slice of its leading axis.
 
-    `stack` is the placeholder in `torch` that counts the slices; every other one is in `ours` too.
-    `slices` are what it stands for slice by slice, where that is not 0, 1, 2, ...
+    `stack` is the placeholder in `torch` that counts the slices; every other one is also in `ours`.
+    `slices` are its values, where they are not 0, 1, 2, ...
     """
 
     torch: str
@@ -70,7 +70,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Alias:
-    """A second name of the tensor `of`: equal on import, written again on export."""
+    """A second name of the tensor `of`: compared on import, written again on export."""
 
     torch: str
     of: str
@@ -78,7 +78,7 @@ class Alias:
 
 @dataclass(frozen=True)
 class Constant:
-    """A tensor that `make(hparams)` computes: not read on import, made on export."""
+    """A tensor that `make(hparams)` computes: not read on import, written on export."""
 
     torch: str
     make: Callable[[Mapping[str, Any]], np.ndarray]
@@ -87,9 +87,10 @@ class Constant:
 
 @dataclass(frozen=True)
 class Carry:
-    """A tensor that the original's loader demands and our model does not use: kept aside.
+    """A tensor that the original's loader demands and our model does not use: kept beside the
+    model.
 
-    A name without placeholders must be in the file. The export of a model that was not imported
+    A name without placeholders must be in the file. If the model was not imported, the export
     writes zeros of `shape` and of the type `zeros`, if it is given.
     """
 
@@ -101,7 +102,7 @@ class Carry:
 
 @dataclass(frozen=True)
 class Ignore:
-    """Tensors that are dropped, and not written on export."""
+    """Tensors that are dropped on import and not written on export."""
 
     torch: str
     reason: str
@@ -114,7 +115,7 @@ Table = Sequence[Entry]
 def weights(
     torch: str, ours: str, transform: Transform = SAME, kernel: str = "kernel", **stacked: Any
 ) -> list[Entry]:
-    """Returns the rules of a layer's weight, which is our leaf `kernel`, and of its bias."""
+    """Returns the rules of a layer's weight, our leaf `kernel`, and of its bias."""
     return [
         Rule(f"{torch}.weight", f"{ours}/{kernel}", transform, **stacked),
         Rule(f"{torch}.bias", f"{ours}/bias", **stacked),
@@ -159,7 +160,7 @@ def attention_kernels(width: int, heads: int) -> tuple[Transform, Transform]:
 def transformer_layers(
     width: int, heads: int, mlp: Mapping[str, tuple[str, Transform]]
 ) -> list[Entry]:
-    """Returns the rules of a transformer's tensors, one for each of the layers that we stack.
+    """Returns the rules of a transformer's tensors, each stacked over the layers.
 
     `mlp` maps the names of the feed-forward weights to ours and their transforms.
     """
@@ -202,7 +203,7 @@ def _pattern(template: str, separator: str) -> re.Pattern:
 
 
 class Matcher:
-    """Finds the entries of some kinds whose template, `torch`, `of` or `ours`, matches a name."""
+    """Finds the entries of some kinds whose template `torch`, `of` or `ours` matches a name."""
 
     def __init__(self, table: Table, kinds: Any, side: str):
         self.exact, self.patterns = defaultdict(list), []
@@ -217,16 +218,16 @@ class Matcher:
                 self.exact[template].append(entry)
 
     def __call__(self, name: str) -> list[tuple[Any, dict[str, str]]]:
-        """Returns (entry, placeholder values) of all entries that match; none is an empty list."""
+        """Returns (entry, placeholder values) of all entries that match."""
         found = [(entry, {}) for entry in self.exact.get(name, ())]
         tried = ((entry, pattern.fullmatch(name)) for entry, pattern in self.patterns)
         return found + [(entry, match.groupdict()) for entry, match in tried if match]
 
 
 def renamed(reference: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Returns an original's hyper-parameters by our names, lists as tuples.
+    """Returns an original's hyper-parameters by our names, with tuples in place of lists.
 
-    `names` maps theirs to ours; what is not in it, or is None, is left out.
+    `names` maps theirs to ours; what is missing in it, or None, is left out.
     """
     found = {ours: reference.get(theirs) for theirs, ours in names.items()}
     return {
@@ -241,8 +242,8 @@ def shape_votes(
 ) -> int | None:
     """Returns the most common size of an axis among the tensors whose names match, or `default`.
 
-    A size that several tensors share is found even where one of them is missing or misshaped, so
-    that the import can name the fault.
+    A size that several tensors share is found even if one of them is missing or misshaped, so that
+    the import can name the fault.
     """
     matched = (shape for name, shape in shapes.items() if re.fullmatch(pattern, name))
     votes = Counter(int(shape[axis]) for shape in matched if axis < len(shape))
@@ -250,6 +251,6 @@ def shape_votes(
 
 
 def count_numbered(shapes: Mapping[str, Shape], pattern: str) -> int:
-    """Returns one more than the largest number that the pattern finds in a name, 0 without any."""
+    """Returns one more than the largest number that the pattern finds in a name, or 0."""
     found = (re.fullmatch(pattern, name) for name in shapes)
     return max((int(match[1]) + 1 for match in found if match), default=0)

@@ -1,6 +1,7 @@
-"""Checkpoint files: `.pt`, `.pth` and `.th` of PyTorch, and `.safetensors`; one tensor in memory.
+"""Reads and writes PyTorch checkpoints (`.pt`, `.pth`, `.th`), and reads `.safetensors`.
 
-Loading runs no code: a pickle that holds anything but tensors and plain values is refused.
+One tensor is in memory at a time. Loading runs no code: a pickle that holds anything but tensors
+and plain values is refused.
 """
 
 import ctypes
@@ -51,9 +52,9 @@ _ALIGNMENT = 64  # bytes; of the tensors in a file that is to be mapped into mem
 
 @dataclass(frozen=True, eq=False)
 class Tensors(Mapping[str, np.ndarray]):
-    """The tensors of one file: shapes at once, values when asked for, each time read anew.
+    """The tensors of one file: shapes at once, values each time they are read.
 
-    Half types come as float32, which is exact.
+    Half types are read as float32, which is exact.
     """
 
     path: Path
@@ -71,7 +72,7 @@ class Tensors(Mapping[str, np.ndarray]):
         return iter(self.shapes)
 
     def __len__(self) -> int:
-        """Returns how many names there are."""
+        """Returns the number of names."""
         return len(self.shapes)
 
 
@@ -79,9 +80,9 @@ def open_tensors(path: str | os.PathLike, weights: str | None = None) -> Tensors
     """Returns the tensors of a checkpoint file, whatever its suffix.
 
     Args:
-      path: the file; a PyTorch one is mapped into memory, or read whole if it is of the kind from
-        before PyTorch 1.6.
-      weights: 'ema' or 'model', for a file with several sets; by default 'ema' if it is there.
+      path: the file. A PyTorch file is mapped into memory, or read whole if it is from before
+        PyTorch 1.6.
+      weights: 'ema' or 'model', for a file with several sets; by default 'ema' if there is one.
 
     Raises UserError for a file that is missing, truncated, damaged, without these weights, of
     another kind, or that holds anything but tensors and plain values.
@@ -185,7 +186,7 @@ def _without_prefix(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _give_back(tensor: Any) -> None:
-    """Lets the kernel drop the pages of a mapped tensor, which otherwise count as ours."""
+    """Releases the pages of a mapped tensor, which otherwise count as this process's memory."""
     if not sys.platform.startswith("linux"):
         return
     storage = tensor.untyped_storage()
@@ -203,7 +204,7 @@ def _open_safetensors(path: Path) -> Tensors:
         raise UserError(f"{path} needs safetensors: pip install 'bitgen[convert]'") from None
 
     try:
-        file = safe_open(path, "np", backend="pread")  # a mapped file's pages would count as ours
+        file = safe_open(path, "np", backend="pread")  # pages of a mapped file count as our memory
     except SafetensorError as e:
         raise UserError(f"{path} is truncated or damaged ({e}): download it again") from None
     names = _without_prefix({name: name for name in file.offset_keys()})
@@ -220,7 +221,9 @@ def _open_safetensors(path: Path) -> Tensors:
 
 
 def check_space(directory: Path, size: int) -> None:
-    """Raises UserError if the disk of a directory, or of its first parent, has fewer bytes free."""
+    """Raises UserError if the disk of a directory, or of its first existing parent, has too little
+    space.
+    """
     directory = directory.absolute()
     there = next(p for p in (directory, *directory.parents) if p.exists())
     free = shutil.disk_usage(there).free
@@ -232,7 +235,7 @@ def check_space(directory: Path, size: int) -> None:
 
 @dataclass(frozen=True)
 class _Storage:
-    """What PyTorch pickles for the values of a tensor: a reference to an entry of the zip file."""
+    """The persistent id that PyTorch pickles for a tensor's values: an entry of the zip file."""
 
     key: str
     dtype: str
@@ -244,7 +247,7 @@ class _StoredTensor:
         self.storage, self.shape = storage, shape
 
     def __reduce__(self):
-        """Returns the call that makes the tensor."""
+        """Returns the call that rebuilds the tensor."""
         import torch
 
         stride = tuple(math.prod(self.shape[i + 1 :]) for i in range(len(self.shape)))
@@ -264,13 +267,13 @@ class _Pickler(pickle.Pickler):
 def write_torch(
     path: str | os.PathLike, tensors: Iterable[tuple[str, np.ndarray]], wrapped: str | None
 ) -> int:
-    """Writes a file that `torch.load` reads, mapped too, and returns the number of names.
+    """Writes a file that `torch.load` reads, also mapped, and returns the number of names.
 
     Args:
       path: the file; it appears, or replaces the one before, only when complete.
-      tensors: each name and its C-contiguous array, taken one at a time; names that share one
-        array, one after another, share its values in the file.
-      wrapped: None for a bare state dict, else the key that holds it.
+      tensors: each name and its C-contiguous array, taken one at a time; consecutive names of one
+        array share its values in the file.
+      wrapped: the key that holds the state dict; None for a bare state dict.
 
     Raises UserError if the disk is full.
     """

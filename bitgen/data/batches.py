@@ -1,8 +1,8 @@
-"""From a source to batches: split, order, augmentation, and the place to resume from.
+"""Batches of a source: split, order, augmentation, and the position to resume from.
 
-Every random choice depends on the seed and on the example's place in the global order of
-training, and on nothing else: not on threads, worker processes or the number of hosts. The
-state of the iterator is that place, one number.
+Every random choice depends only on the seed and on the example's position in the global order of
+training, not on threads, worker processes or the number of hosts. That position, one number, is the
+state of the iterator.
 """
 
 import atexit
@@ -26,9 +26,9 @@ from bitgen.data.sources import Source, make_source
 from bitgen.errors import UserError, choose
 from bitgen.images.decode import CROPS, BrokenImage, center_crop, decode, flip
 
-# Examples seen before the share of broken ones counts.
+# Number of examples from which on the share of broken ones counts.
 _ENOUGH = 100
-# So many in a row that cannot be read are no accident.
+# Training stops at so many broken examples in a row.
 _MOST_IN_A_ROW = 100
 
 
@@ -42,19 +42,19 @@ def make_batches(
     process_count: int = 1,
     start: int = 0,
 ) -> "Batches":
-    """Batches of the split of `config_data` (`bitgen.data.default_config` lists its keys).
+    """Returns the batches of the split of `config_data` (`bitgen.data.default_config` lists its
+    keys).
 
-    Gives dicts of `image` uint8 [b, H, W, 3], or from a bits folder `bits` uint8
-    [b, h, w, ceil(k/8)], and `label` int32 [b]. `batch_size` is of all processes together,
-    and process p gets rows p*b to (p+1)*b of it.
+    They are dicts of `image` uint8 [b, H, W, 3], or `bits` uint8 [b, h, w, ceil(k/8)] from packed
+    bits, and `label` int32 [b]. `batch_size` counts the rows of all processes.
 
-    training: without end, each epoch in another order, augmented; batches are always full.
-    Otherwise: one pass in order from example `start` on, centre crop, no flip, with `index`
-    int32 [b], the place in the split. The last batch may be smaller, on a later process
-    even empty, and any batch is smaller by the images in it that cannot be read.
+    With `training` they are endless, each epoch in another order, augmented, and always full.
+    Otherwise they are one pass in order from example `start` on, with a centre crop and without
+    flips, and have `index` int32 [b], the position in the split. The last batch may be smaller,
+    even empty on a later process, and images that cannot be read are left out.
 
-    Images that cannot be read are counted and named in warnings; beyond the share
-    `max_broken_share`, the next batch raises UserError. So do wrong settings, here.
+    Images that cannot be read are counted and named in warnings. If their share exceeds
+    `max_broken_share`, the next batch raises UserError. Wrong settings raise UserError at once.
     """
     c: Any = config_data
     if batch_size < 1 or batch_size % process_count:
@@ -65,7 +65,7 @@ def make_batches(
     if not 0 <= process_index < process_count:
         raise UserError(f"there is no process {process_index} of {process_count}")
     if not 0 <= seed < 2**32:
-        raise UserError(f"the data seed is a number in [0, 2**32), got {seed}")
+        raise UserError(f"the data seed must be in [0, 2**32), got {seed}")
     choose("crop", c.crop, CROPS)
     if not 0 < c.crop_scale_min <= c.crop_scale_max <= 1:
         raise UserError(
@@ -80,7 +80,7 @@ def make_batches(
         )
     for key, least in {"image_size": 1, "threads": 1, "workers": 0, "prefetch": 1}.items():
         if c[key] < least:
-            raise UserError(f"config.data.{key} is at least {least}, got {c[key]}")
+            raise UserError(f"config.data.{key} must be at least {least}, got {c[key]}")
     source = make_source(c)
     indices = split_indices(len(source), c.split, c.holdout)
     if not 0 <= start <= len(indices):
@@ -101,12 +101,13 @@ def make_batches(
 
 # -------------------------------------------------------------------------------- examples
 def split_indices(n: int, split: str, holdout: float) -> Int[np.ndarray, " m"]:
-    """The examples of a split, rising: 'test' is the share `holdout` of n, 'train' the rest.
+    """Returns the ascending indices of a split: 'test' is the share `holdout` of n, 'train' the
+    rest.
 
-    The choice depends on n and `holdout` alone. Raises UserError for an empty split.
+    The choice depends only on n and `holdout`. Raises UserError for an empty split.
     """
     if not 0 <= holdout < 1:
-        raise UserError(f"config.data.holdout is a share in [0, 1), got {holdout}")
+        raise UserError(f"config.data.holdout must be in [0, 1), got {holdout}")
     # Raw PCG64 output is the same in every version of numpy; `permutation` need not be.
     order = np.argsort(np.random.PCG64(0).random_raw(n), kind="stable")
     test = min(n, max(1, round(n * holdout))) if holdout > 0 else 0
@@ -118,17 +119,18 @@ def split_indices(n: int, split: str, holdout: float) -> Int[np.ndarray, " m"]:
 
 
 def crop_share(epoch: int, start: int, end: int) -> float:
-    """Returns the share of images with the training crop: 1 to 0 from epoch start to end.
+    """Returns the share of images with the training crop, which falls from 1 to 0 between two
+    epochs.
 
-    The same throughout an epoch, and always 1 for a negative start; the rule of
-    shallowdream204/BitDance `imagenet_gen/train.py`.
+    It is constant during an epoch, and 1 for a negative start; the rule of shallowdream204/BitDance
+    `imagenet_gen/train.py`.
     """
     return 1.0 if start < 0 else float(np.clip((end - epoch) / (end - start), 0, 1))
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class LoadExample(grain.transforms.RandomMap):
-    """Place in the split -> example: the unit of work of a thread, given to worker processes."""
+    """Loads the example at a position of the split: the work of a thread or worker process."""
 
     source: Source
     indices: np.ndarray
@@ -140,11 +142,11 @@ class LoadExample(grain.transforms.RandomMap):
     fade: tuple[int, int] = (-1, -1)
 
     def random_map(self, element: int, rng: np.random.Generator) -> dict[str, Any]:
-        """-> the example; one that cannot be read has no label in evaluation.
+        """Returns the example; in evaluation, one that cannot be read has no label.
 
-        `element` is the place, plus the number of places times the epoch where a fade needs it.
-        `broken` is None, or the name of the example that cannot be read and why. Raises
-        UserError if in training nothing that can be read follows it.
+        `element` is the position plus the epoch times their number. `broken` is None, or the name
+        of an example that cannot be read and the reason. In training, the next readable example
+        takes its place; raises UserError if there is none.
         """
         (epoch, place), broken = divmod(int(element), len(self.indices)), ("", "")
         tries = min(_MOST_IN_A_ROW, len(self.indices)) if self.training else 1
@@ -184,7 +186,7 @@ class LoadExample(grain.transforms.RandomMap):
         return {"bits": views[rng.integers(len(views)) if self.training and self.flip else 0]}
 
     def empty(self) -> dict[str, np.ndarray]:
-        """A batch of no examples."""
+        """Returns a batch of no examples."""
         size = self.image_size
         if isinstance(self.source, PackedSource):
             arrays = {"bits": np.zeros((0, *self.source[0]["bits"].shape[1:]), np.uint8)}
@@ -195,7 +197,7 @@ class LoadExample(grain.transforms.RandomMap):
 
 
 def collate(examples: Sequence[dict[str, Any]], empty: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Examples -> batch with the keys of `empty`; those that cannot be read are only listed."""
+    """Returns a batch with the keys of `empty`; examples that cannot be read are only listed."""
     whole = [example for example in examples if "label" in example]
     batch: dict[str, Any] = {
         key: np.stack([example[key] for example in whole]) if whole else none
@@ -213,7 +215,7 @@ class _Rows(grain.MapDataset):
         super().__init__(parent)
         self._start, self._batch, self._first, self._rows = start, batch, first, rows
         full, rest = divmod(len(parent) - start, batch)
-        # "Without end" is sys.maxsize, which grain's own arithmetic overflows.
+        # An endless dataset has length sys.maxsize, at which grain's arithmetic overflows.
         self._length = min(full * rows + min(max(rest - first, 0), rows), 2**48)
 
     def __len__(self) -> int:
@@ -249,11 +251,11 @@ def _close(batches: "weakref.ref[Batches]") -> None:
 
 
 class Batches(grain.DatasetIterator):
-    """Batches as dicts of numpy arrays, made by `make_batches`; saves and resumes exactly.
+    """Iterator of batches, dicts of numpy arrays; made by `make_batches`, and resumed exactly.
 
-    It is a grain iterator, so grain's Orbax checkpoint handlers take it. Its state is the
-    place of the first example that was not yet returned, the same on every process, and can
-    be resumed with other threads, workers, processes or batch size.
+    It is a grain iterator, so grain's Orbax checkpoint handlers accept it. Its state is the
+    position of the first example that was not yet returned. It is the same on every process, and
+    can be resumed with other threads, workers, processes or batch size.
     """
 
     def __init__(
@@ -284,7 +286,7 @@ class Batches(grain.DatasetIterator):
         self._seen, self._broken = 0, 0
         self._died_at = -1
         self._named: dict[str, str] = {}
-        # Worker processes are ended before the interpreter takes their queues apart.
+        # Worker processes must end before the interpreter destroys their queues.
         self._at_exit = functools.partial(_close, weakref.ref(self))
         atexit.register(self._at_exit)
 
@@ -300,7 +302,7 @@ class Batches(grain.DatasetIterator):
         return batch
 
     def _made(self) -> dict[str, Any] | None:
-        """The next batch of the pipeline, which is begun again if one of its workers dies."""
+        """Returns the next batch of the pipeline, which is restarted if one of its workers dies."""
         while True:
             try:
                 return next(self._pipeline(), None)
@@ -320,7 +322,7 @@ class Batches(grain.DatasetIterator):
                 self._seek(self._next)
 
     def _pipeline(self) -> grain.DatasetIterator:
-        """The running grain pipeline, begun at the next example if there is none."""
+        """Returns the running grain pipeline; starts it at the next example if there is none."""
         if self._closed:
             raise ValueError("these batches are closed")
         if self._iterator is not None:
@@ -335,7 +337,7 @@ class Batches(grain.DatasetIterator):
         rows = _Rows(examples, self._next, self._batch_size, first, self._rows)
         stack = functools.partial(collate, empty=self._load.empty())
         if self._workers:
-            # Whole batches are dealt to the workers, so that their number changes nothing.
+            # Workers get whole batches, so that their number changes nothing.
             batches = rows.batch(self._rows, batch_fn=stack).to_iter_dataset(
                 grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
             )
@@ -344,14 +346,14 @@ class Batches(grain.DatasetIterator):
                 flags.FLAGS.mark_as_parsed()
             batches = batches.mp_prefetch(options).map(_own)
         else:
-            # A thread takes a few examples at a time: with one, small images and bits are
-            # ten times slower, as the threads wait for each other between examples.
+            # A thread takes a few examples at a time: with single ones, small images and bits are
+            # ten times slower, because the threads wait for each other between examples.
             few = max(size for size in range(1, 9) if self._rows % size == 0)
             ahead = max(self._threads, self._prefetch * self._rows // few)
             options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=ahead)
             parts = rows.batch(few, batch_fn=list).to_iter_dataset(options)
             batches = parts.batch(self._rows // few, batch_fn=functools.partial(_join, stack=stack))
-        # Stacking or copying a large batch takes long enough to be done beside the step.
+        # Stacking or copying a large batch takes time, so it runs beside the step.
         self._iterator = iter(
             grain.experimental.ThreadPrefetchIterDataset(
                 batches, prefetch_buffer_size=self._prefetch
@@ -360,7 +362,7 @@ class Batches(grain.DatasetIterator):
         return self._iterator
 
     def _count(self, rows: int, broken: Sequence[tuple[str, str]]) -> None:
-        """Counts and names what cannot be read; raises UserError if it is too much."""
+        """Counts and names images that cannot be read; raises UserError if there are too many."""
         self._seen += rows
         self._broken += len(broken)
         for name, reason in broken:
@@ -377,11 +379,13 @@ class Batches(grain.DatasetIterator):
             )
 
     def counts(self) -> dict[str, int]:
-        """Examples that this process has seen since it began, and how many were broken."""
+        """Returns how many examples this process has seen since it started, and how many were
+        broken.
+        """
         return {"seen": self._seen, "broken": self._broken}
 
     def get_state(self) -> dict[str, int]:
-        """The place after the last batch returned; plain JSON."""
+        """Returns the position after the last batch returned, as plain JSON."""
         return {
             "next_example": self._next,
             "seed": self._seed,
@@ -389,7 +393,7 @@ class Batches(grain.DatasetIterator):
         }
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Goes to the place that `get_state` gave; raises UserError for other data or seed."""
+        """Moves to a position of `get_state`; raises UserError for other data or another seed."""
         for key, value in self.get_state().items():
             if key != "next_example" and state.get(key) != value:
                 raise UserError(
@@ -415,7 +419,7 @@ class Batches(grain.DatasetIterator):
         self._pipeline().start_prefetch()
 
     def close(self) -> None:
-        """Ends threads and worker processes; there are no batches after it."""
+        """Ends threads and worker processes; no batches follow."""
         if self._closed:
             return
         atexit.unregister(self._at_exit)

@@ -1,4 +1,4 @@
-"""Images named in a text file, one a line, as BitVAE's `labels/imagenet/val.txt` has them."""
+"""Images listed in a text file, one per line, as in BitVAE's `labels/imagenet/val.txt`."""
 
 import os
 import re
@@ -14,12 +14,12 @@ _WANTED = "wanted one image a line: PATH, PATH LABEL or PATH HEIGHT WIDTH"
 
 
 class ListSource:
-    """The images that a text file lists, in its order, one a line; empty lines are skipped.
+    """The images of a text file in its order, one per line; empty lines are skipped.
 
     A line is `PATH`, `PATH LABEL` with a number from 0 on, or `PATH HEIGHT WIDTH` without a label
-    (FoundationVision/BitVAE); all lines are of one kind, and without labels all images are one
-    class. Paths that are not absolute are below the folder of the list. Raises UserError with the
-    line for a file that is missing, and for a line of another kind.
+    (FoundationVision/BitVAE). All lines have one form; without labels all images are one class.
+    Relative paths start at the folder of the list. Raises UserError with the line for a file that
+    is missing, and for a line of another form.
     """
 
     def __init__(self, path: str):
@@ -29,7 +29,7 @@ class ListSource:
             with open(path, encoding="utf-8") as file:
                 lines = file.read().splitlines()
         except UnicodeDecodeError:
-            raise UserError(f"image list {path!r} is no text; {_WANTED}") from None
+            raise UserError(f"image list {path!r} is not a text file; {_WANTED}") from None
         root = os.path.dirname(os.path.abspath(path))
         self._files: list[str] = []
         labels: list[int] = []

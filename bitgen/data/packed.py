@@ -1,17 +1,9 @@
-"""Bits packed into bytes, and the folder of shards that keeps a data set of them.
+"""Bits packed into bytes, and folders of shards that hold a dataset of them.
 
-Eight bits make a byte, the first bit in the byte's highest place ("big", the default of
-`numpy.packbits` and `jax.numpy.packbits`, whose bytes are the same); a last group of fewer
-than eight is filled with zeros.
-
-A bits folder holds
-    bits.json           format, grid [h, w], bits k, views, num_classes, class_names, count,
-                        examples_per_shard, tokenizer, source, shard_sizes, complete
-    bits-00000.npy      uint8 [m, views, h, w, ceil(k/8)]; view 1 is of the flipped image
-    labels-00000.npy    int32 [m]
-Shard s covers examples s*examples_per_shard and up of the source that was tokenized; it has
-fewer rows where some could not be read. `count` is the number of examples to tokenize and,
-once complete, the number of rows there are.
+Eight bits make a byte, the first one in the highest place, as in `numpy.packbits` and
+`jax.numpy.packbits`; an incomplete last byte is filled with zeros. docs/formats.md describes the
+files of a folder. Shard s covers the examples from s * examples_per_shard on of the source; it has
+fewer rows if some could not be read.
 """
 
 import json
@@ -33,7 +25,7 @@ _META_KEYS = {
 
 
 def pack_bits(bits: Bool[Any, "*b k"]) -> UInt8[Any, "*b k8"]:
-    """Bool `[..., k]` -> uint8 `[..., ceil(k/8)]`, of numpy or jax (also under jit)."""
+    """Packs bool `[..., k]` into uint8 `[..., ceil(k/8)]`, for numpy or jax (also under jit)."""
     if isinstance(bits, np.ndarray):
         return np.packbits(bits, axis=-1)
     import jax.numpy as jnp
@@ -42,7 +34,7 @@ def pack_bits(bits: Bool[Any, "*b k"]) -> UInt8[Any, "*b k8"]:
 
 
 def unpack_bits(packed: UInt8[Any, "*b k8"], k: int) -> Bool[Any, "*b k"]:
-    """Uint8 `[..., ceil(k/8)]` -> bool `[..., k]`, of numpy or jax (also under jit).
+    """Unpacks uint8 `[..., ceil(k/8)]` into bool `[..., k]`, for numpy or jax (also under jit).
 
     Raises UserError if the bytes are not those of k bits.
     """
@@ -63,7 +55,7 @@ def _shard_paths(directory: Path, shard: int) -> tuple[Path, Path]:
 
 
 def _replace(path: Path, write) -> None:
-    """Puts a file in place whole: a kill leaves the old one, or none."""
+    """Writes a file atomically: if killed, the old file or none is left."""
     part = path.with_name(path.name + ".part")
     with open(part, "wb") as file:
         write(file)
@@ -92,12 +84,12 @@ def _read_json(directory: Path) -> dict[str, Any]:
 
 
 class PackedWriter:
-    """Writes a bits folder shard by shard; opened again, it goes on where it was stopped.
+    """Writes a folder of packed bits shard by shard; opened again, it resumes.
 
     `meta` has grid, bits, views, num_classes, class_names, count (examples to tokenize),
-    examples_per_shard, tokenizer and source, all JSON. The loop is: give `add` the examples
-    from `next_index` on, in order, then call `finish`. Raises UserError for a meta that
-    lacks a key, or a folder begun with another one. One writer at a time.
+    examples_per_shard, tokenizer and source, all JSON. Give `add` the examples from `next_index`
+    on, in order, then call `finish`. Raises UserError for a meta that lacks a key, or a folder
+    started with another meta. One writer at a time.
     """
 
     def __init__(self, directory: str | os.PathLike, meta: Mapping[str, Any]):
@@ -108,7 +100,7 @@ class PackedWriter:
         for key in ("examples_per_shard", "count", "bits", "views", "num_classes"):
             if meta[key] < 1:
                 raise UserError(f"packed bits need {key} >= 1, got {meta[key]}")
-        # A round trip, so that tuples compare equal to the lists that JSON has.
+        # A round trip turns tuples into lists, as JSON has them.
         self.meta: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **meta}))
         self._per_shard = int(meta["examples_per_shard"])
         self._shards = -(-int(meta["count"]) // self._per_shard)
@@ -129,7 +121,7 @@ class PackedWriter:
             for key, value in self.meta.items():
                 if stored.get(key) != value:
                     raise UserError(
-                        f"{self._directory} was begun with {key}={json.dumps(stored.get(key))}, "
+                        f"{self._directory} was started with {key}={json.dumps(stored.get(key))}, "
                         f"now {key}={json.dumps(value)}; use another folder or delete it"
                     )
         else:
@@ -140,7 +132,7 @@ class PackedWriter:
             self._directory.mkdir(parents=True, exist_ok=True)
             _write_json(path, {**self.meta, "examples": self.meta["count"], "complete": False})
         self._shard = 0  # the shard being filled
-        # The bits file is put in place after the labels.
+        # The bits file is written after the labels.
         while self._shard < self._shards and _shard_paths(self._directory, self._shard)[0].exists():
             self._shard += 1
         self._next = min(self._shard * self._per_shard, self.meta["count"])
@@ -158,9 +150,9 @@ class PackedWriter:
     ) -> None:
         """Takes the next examples, and writes each shard that they complete.
 
-        `index` is the place of each in the source, rising; an example that is left out
-        (its file cannot be read) leaves a gap. By default there are no gaps.
-        Raises UserError for other shapes, unknown labels, or an index that does not rise.
+        `index` is the ascending position of each in the source; an example that is left out because
+        it cannot be read leaves a gap. By default there are no gaps. Raises UserError for other
+        shapes, unknown labels, or an index that does not ascend.
         """
         packed, labels = np.asarray(packed), np.asarray(labels)
         if packed.shape[1:] != self._row or packed.dtype != np.uint8:
@@ -207,8 +199,8 @@ class PackedWriter:
     def finish(self, broken: int = 0) -> None:
         """Writes the last shard and marks the folder complete, once all examples were added.
 
-        `broken` is how many this run left out because they cannot be read. Raises UserError
-        if more than those are missing.
+        `broken` is the number of examples that this run left out because they cannot be read.
+        Raises UserError if more are missing.
         """
         if self.complete:
             return
@@ -227,18 +219,17 @@ class PackedWriter:
 
 
 class PackedSource:
-    """Reads a bits folder; shards are memory-mapped, so only the rows in use are in memory.
+    """Reads a folder of packed bits; shards are memory-mapped.
 
-    `source[i]` -> {"bits": uint8 [views, h, w, ceil(k/8)], "label": int, "name": str};
-    `meta` is what bits.json holds. Raises UserError if the folder is missing, damaged, or
-    not complete.
+    `source[i]` -> {"bits": uint8 [views, h, w, ceil(k/8)], "label": int, "name": str}; `meta` is
+    the content of bits.json. Raises UserError if the folder is missing, damaged or not complete.
     """
 
     def __init__(self, directory: str | os.PathLike):
         folder = Path(directory)
         if not directory or not (folder / "bits.json").is_file():
             raise UserError(
-                f"{str(directory)!r} is no bits folder (it has no bits.json); set "
+                f"{str(directory)!r} is not a folder of bits (it has no bits.json); set "
                 "config.data.path to what --mode=tokenize wrote"
             )
         self.meta = _read_json(folder)

@@ -1,9 +1,9 @@
-"""Where examples come from: random access to encoded images (or packed bits) and labels.
+"""Sources of examples: random access to encoded images (or packed bits) and labels.
 
-A source has `len(source)`, `source[i]` -> {"image": encoded bytes or uint8 [H, W, 3],
-"label": int, "name": str} (a bits source has "bits" in place of "image"), `num_classes`,
-`class_names` and `where`, the words an error message uses for it. Sources are safe to read
-from several threads, and can be pickled, which reopens their files on the other side.
+A source has `len(source)`, `source[i]` -> {"image": encoded bytes or uint8 [H, W, 3], "label": int,
+"name": str} (with "bits" in place of "image" for packed bits), `num_classes`, `class_names` and
+`where`, its name in error messages. Sources can be read from several threads, and pickled, which
+opens their files again.
 """
 
 import os
@@ -66,11 +66,11 @@ class DigitsSource:
 
 
 class FolderSource:
-    """A folder with one sub-folder of images per class; classes are in order of their names.
+    """A folder with one sub-folder of images per class; classes are sorted by name.
 
-    Images are found by their suffix (in either case), at any depth below their class;
-    hidden files and folders are ignored. Raises UserError if the folder is missing or
-    empty, has no sub-folders, or a class has no image.
+    Images are found by their suffix (in either case), at any depth below their class; hidden files
+    and folders are ignored. Raises UserError if the folder is missing or empty, has no sub-folders,
+    or a class has no image.
     """
 
     def __init__(self, path: str):
@@ -113,7 +113,7 @@ class FolderSource:
 
 
 def _image_files(root: Path, class_name: str) -> list[str]:
-    """Sorted paths, relative to `root`, of the images of a class."""
+    """Returns the sorted paths, relative to `root`, of the images of a class."""
     found = []
     for folder, folders, files in os.walk(root / class_name, followlinks=True):
         folders[:] = [name for name in folders if name[0] != "."]
@@ -127,7 +127,8 @@ def _image_files(root: Path, class_name: str) -> list[str]:
 
 
 class NpzSource:
-    """An npz file with `image`, uint8 `[n, H, W, 3]`, and maybe `label`, integers `[n]` from 0 on.
+    """An npz file with `image`, uint8 `[n, H, W, 3]`, and optionally `label`, integers `[n]` from 0
+    on.
 
     It is held in memory; without `label` all images are one class. Raises UserError for a file that
     is missing, damaged or holds other arrays.
@@ -178,9 +179,9 @@ class NpzSource:
 class TfdsSource:
     """A TensorFlow Datasets builder, read through its random-access (array_record) files.
 
-    The builder needs an `image` feature; without a `label` feature all images are one
-    class. Prepares the data on first use, as TFDS does; `data_dir` '' is TFDS's default.
-    Raises UserError for an unknown builder or split, or one without images.
+    The builder needs an `image` feature; without a `label` feature all images are one class. TFDS
+    prepares the data on first use; `data_dir` '' is its default. Raises UserError for an unknown
+    builder or split, or one without images.
     """
 
     def __init__(self, builder: str, split: str, data_dir: str):
@@ -211,7 +212,7 @@ class TfdsSource:
         elif isinstance(features["label"], tfds.features.ClassLabel):
             self.class_names = list(features["label"].names)
         else:
-            raise UserError(f"the labels of {self.where} are no classes: {features['label']}")
+            raise UserError(f"the labels of {self.where} are not classes: {features['label']}")
         self.num_classes = len(self.class_names)
 
     def __reduce__(self):

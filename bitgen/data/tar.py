@@ -23,8 +23,8 @@ _INDEX_VERSION = 1
 class TarSource:
     """Images of a tar of tars: class `n01440764` is the inner tar `n01440764.tar`.
 
-    Classes are in order of their names. Raises UserError if the file is missing, damaged,
-    or laid out in another way.
+    Classes are sorted by name. Raises UserError if the file is missing, damaged, or laid out in
+    another way.
     """
 
     def __init__(self, path: str):
@@ -64,10 +64,11 @@ class TarSource:
 
 
 def load_index(path: str) -> dict[str, np.ndarray]:
-    """The index of a tar of tars: from its cache if that is up to date, else read and cached.
+    """Returns the index of a tar of tars: from its cache if that is up to date, else read and
+    cached.
 
-    Arrays over examples: `offsets` int64, `sizes` int64, `labels` int32, `names` bytes;
-    and `class_names`. Raises UserError.
+    Arrays over examples: `offsets` int64, `sizes` int64, `labels` int32, `names` bytes; and
+    `class_names`. Raises UserError.
     """
     status = os.stat(path)
     stamp = np.asarray([_INDEX_VERSION, status.st_size, status.st_mtime_ns], np.int64)
@@ -81,7 +82,7 @@ def load_index(path: str) -> dict[str, np.ndarray]:
             continue  # no such cache, or a damaged one: it is made again
     index = _read_index(path)
     if not any(_save_index(place, index | {"stamp": stamp}) for place in places):
-        logging.warning("the index of %s could not be kept, it is read at each start", path)
+        logging.warning("the index of %s cannot be stored and is read at every start", path)
     return index
 
 
@@ -107,7 +108,7 @@ def _save_index(place: Path, index: dict[str, np.ndarray]) -> bool:
 
 
 class _Window:
-    """Unbuffered reads of a part of a file, so that skipped images are never read."""
+    """Unbuffered reads of a part of a file, which skip the images between headers."""
 
     def __init__(self, file: int, start: int, size: int):
         self._file, self._start, self._size, self._at = file, start, size, 0
@@ -127,7 +128,7 @@ class _Window:
 
 
 def _members(file: int, start: int, size: int) -> list[tuple[str, int, int]]:
-    """(name, absolute offset of the data, size) of each regular file of a tar."""
+    """Returns (name, absolute offset of the data, size) of each regular file of a tar."""
     window: Any = _Window(file, start, size)
     with tarfile.open(fileobj=window, mode="r:") as tar:
         found = [(m.name, start + m.offset_data, m.size) for m in tar if m.isreg()]
@@ -159,7 +160,7 @@ def _read_index(path: str) -> dict[str, np.ndarray]:
                 names.append(name.encode())
     except tarfile.TarError as error:
         raise UserError(
-            f"{path} is no tar or is damaged ({error}); copy it again, uncompressed"
+            f"{path} is not a tar file, or it is damaged ({error}); copy it again, uncompressed"
         ) from error
     finally:
         os.close(file)

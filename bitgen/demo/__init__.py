@@ -1,4 +1,4 @@
 """The web page: `python -m bitgen.demo`.
 
-What it does is in `actions`, how it looks in `page`, its settings in `settings`.
+`actions` has what it does, `page` its layout, and `settings` its settings.
 """

@@ -1,7 +1,8 @@
 """python -m bitgen.demo [--config.generator=DIR] [--config.KEY=VALUE ...].
 
-A page to generate and edit with a model directory, or zoo:NAME; the quickstart's by default. It is
-for this machine alone unless --config.host=0.0.0.0. bitgen/demo/settings.py lists the settings.
+A page to generate and edit with a model directory or zoo:NAME; by default the quickstart's model.
+It is served to this machine only, unless --config.host=0.0.0.0. bitgen/demo/settings.py lists the
+settings.
 """
 
 import sys
@@ -77,7 +78,7 @@ def serve(page: Any, config: Any) -> None:
             show_error=True,
             footer_links=[],
             prevent_thread_lock=True,
-            # A little above, so that the page's own words are seen.
+            # A little above the page's own limit, whose message is clearer.
             max_file_size=int(config.megabytes * 1.5e6),
             theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
             css=CSS,

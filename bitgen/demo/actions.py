@@ -1,6 +1,6 @@
-"""What the page does, without the page: pictures in, pictures and words out.
+"""The actions of the page, independent of gradio: pictures in, pictures and text out.
 
-A cell is a picture with its caption. Bad input raises UserError; the page shows its words.
+A cell is a picture with its caption. Bad input raises UserError; the page shows its message.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ Cell = tuple[Pixels, str]
 
 @dataclasses.dataclass(frozen=True)
 class Tools:
-    """What the page works with."""
+    """The models and settings that the page works with."""
 
     pipeline: Pipeline
     tokenizers: dict[str, Pipeline]  # to compare, by name; the pipeline's own first
@@ -34,7 +34,7 @@ class Tools:
 
 
 def why_not(pipeline: Pipeline, what: str) -> str:
-    """Returns why the models cannot do it: 'draw' or 'edit'; '' if they can."""
+    """Returns why the models cannot 'draw' or 'edit'; '' if they can."""
     if pipeline.generator is None:
         return "This page was started without a generator, so nothing can be drawn."
     if what == "edit" and not isinstance(pipeline.generator.module, BiGR):
@@ -49,9 +49,11 @@ def why_not(pipeline: Pipeline, what: str) -> str:
 def generate(
     tools: Tools, labels: Sequence[int], count: int, seed: int, **settings: Any
 ) -> Iterator[tuple[Pixels, str]]:
-    """Yields a sheet of `count` images of each class after each step, and where it stands."""
+    """Yields a sheet of `count` images of each class after each step, and a line about the
+    progress.
+    """
     if not len(labels):
-        raise UserError("choose a class at least")
+        raise UserError("choose at least one class")
     rows = np.repeat(np.asarray(labels), _count(tools, count, len(labels)))
     names = tools.pipeline.class_names
     captions = [names[label] for label in rows]
@@ -74,9 +76,9 @@ def redraw(
     seed: int,
     **settings: Any,
 ) -> tuple[list[Cell], list[Cell]]:
-    """Returns the picture with what was drawn laid into it, and what the model made of the whole.
+    """Returns the picture with the drawn area pasted into it, and the model's whole output.
 
-    In the first nothing changes but the painted area; for outpaint, only it stays.
+    In the first, only the painted area changes (for outpaint, only it stays).
     """
     picture = chosen(picture)
     if kind == "edit" and label is None:
@@ -103,7 +105,7 @@ def redraw(
 
 
 def lay_in(kind: str, picture: Image.Image, area: Bool[np.ndarray, "H W"], view: Pixels) -> Pixels:
-    """Returns the user's picture with the drawn view where the area says, pixel for pixel."""
+    """Returns the user's picture with the pixels of the drawn view in the area."""
     left, top, side = square = editing.crop_square(picture, len(view))
     seen = np.zeros_like(area)
     seen[top : top + side, left : left + side] = True
@@ -115,12 +117,12 @@ def lay_in(kind: str, picture: Image.Image, area: Bool[np.ndarray, "H W"], view:
 def interpolate(
     tools: Tools, first: int | None, second: int | None, steps: int, seed: int, **settings: Any
 ) -> list[Cell]:
-    """Returns images on the way from one class to another, of one seed."""
+    """Returns images between two classes, with one seed."""
     if first is None or second is None:
         raise UserError("choose two classes")
     steps = _count(tools, steps)
     if steps < 2:
-        raise UserError("the way between two classes needs 2 images at least")
+        raise UserError("an interpolation needs at least 2 images")
     images = tools.pipeline.edit(
         None,
         "interpolate",
@@ -145,7 +147,7 @@ def enrich(
     seed: int,
     **settings: Any,
 ) -> list[Cell]:
-    """Returns the picture, its reduced view, and what each round of redrawing makes of that."""
+    """Returns the picture, its reduced view, and the result of each round of redrawing."""
     drawn = tools.pipeline.drawn(
         chosen(picture),
         "enrich",
@@ -161,13 +163,13 @@ def enrich(
 
 
 def example(tools: Tools, label: int, seed: int) -> Image.Image:
-    """Returns a picture that the generator draws, to try the page with."""
+    """Returns a picture drawn by the generator, to try the page with."""
     *_, (images, _) = tools.pipeline.steps([label], seed=seed, every=1000, **tools.sampler)
     return Image.fromarray(images[0])
 
 
 def _count(tools: Tools, count: int, times: int = 1) -> int:
-    """-> a number of images that one request may ask for."""
+    """Returns a number of images within the limit of one request."""
     if count < 1 or count * times > tools.limits.images:
         raise UserError(
             f"this page draws 1 to {tools.limits.images} images at a time, not {count * times}: "

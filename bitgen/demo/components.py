@@ -1,4 +1,4 @@
-"""What the page's tabs are made of: gradio itself, its components as they are used here, events."""
+"""The building blocks of the page's tabs: gradio, components with bitgen's defaults, and events."""
 
 import functools
 import inspect
@@ -15,12 +15,12 @@ NO_CLASS = "no class"
 
 CSS = "footer {display: none !important}"
 
-# Before gradio is imported anywhere: nothing is sent to its makers.
+# Set before gradio is imported: no telemetry.
 _NO_TELEMETRY = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
 def gradio() -> Any:
-    """Returns the module, its telemetry off; raises UserError that says how to get it."""
+    """Returns the module with telemetry off; raises UserError that says how to install it."""
     os.environ.update(_NO_TELEMETRY)
     try:
         import gradio
@@ -30,19 +30,19 @@ def gradio() -> Any:
 
 
 def classes(tools: Tools) -> list[tuple[str, int]]:
-    """Returns the classes as a dropdown shows them, and their numbers."""
+    """Returns the choices of a class dropdown: names and numbers."""
     names = tools.pipeline.class_names
     return [(name if name == str(i) else f"{i}: {name}", i) for i, name in enumerate(names)]
 
 
 def class_or_none(gr: Any, tools: Tools) -> Any:
-    """Returns a dropdown of the classes, and of none."""
+    """Returns a dropdown of the classes and 'none'."""
     names = [(NO_CLASS, NO_CLASS), *classes(tools)]
     return gr.Dropdown(names, value=NO_CLASS, label="Class")
 
 
 def seed_of(gr: Any) -> Any:
-    """Returns a field for a seed."""
+    """Returns a seed field."""
     return gr.Number(0, precision=0, minimum=0, maximum=2**31 - 1, label="Seed")
 
 
@@ -60,7 +60,7 @@ def steps_of(gr: Any, plan: Any) -> Any:
 
 
 def image_of(gr: Any, label: str, name: str, titled: bool = True) -> Any:
-    """Returns a place for one picture; its title lies on the picture's corner."""
+    """Returns a component for one picture, with its title in the corner."""
     return gr.Image(
         label=label,
         show_label=titled,
@@ -72,7 +72,7 @@ def image_of(gr: Any, label: str, name: str, titled: bool = True) -> Any:
 
 
 def gallery_of(gr: Any, label: str, name: str | None = None, columns: int = 4) -> Any:
-    """Returns a place for several pictures."""
+    """Returns a component for several pictures."""
     return gr.Gallery(
         label=label,
         format="png",
@@ -104,9 +104,9 @@ def on(
 
 
 def clear(gr: Any, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the function with a UserError as a message on the page, which stays as it is.
+    """Returns the function with a UserError shown as a message, which leaves the page as it is.
 
-    Any other error is gradio's, in few words, and the terminal has the rest.
+    Other errors are shown by gradio in few words, and in full in the terminal.
     """
 
     def tell(e: Exception) -> Any:

@@ -1,4 +1,4 @@
-"""What tokenizers make of a picture: their price and error, and the bits of one token."""
+"""Inspection of tokenizers: their size and error on a picture, and the bits of one token."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ def compare(tools: Tools, picture: Image.Image | None) -> tuple[list[list[str]],
 
 
 def difference(a: Pixels, b: Pixels) -> Pixels:
-    """Returns how far two pictures are apart at each pixel, the mean of the channels, amplified."""
+    """Returns the difference of two pictures at each pixel, the mean of the channels, amplified."""
     apart = np.abs(a.astype(np.float32) - b.astype(np.float32)).mean(-1, keepdims=True)
     return np.repeat(np.clip(apart * _GAIN, 0, 255).astype(np.uint8), 3, axis=-1)
 
@@ -67,10 +67,10 @@ def look_at_token(
     bit: int,
     scale: int = -1,
 ) -> Token:
-    """Returns the bits of a token and of the whole picture, and what flipping one of them does.
+    """Returns the bits of a token and of the whole picture, and the effect of flipping one of them.
 
-    `scale` is that of a tokenizer of several, from coarse to fine. Raises UserError for a token or
-    bit that there is not, and for a tokenizer of continuous latents.
+    `scale` chooses the scale of a tokenizer with several, from coarse to fine. Raises UserError for
+    a token or bit that does not exist, and for a tokenizer with continuous latents.
     """
     pipeline = tools.pipeline
     if not pipeline.tokenizer.module.bits:
@@ -101,7 +101,7 @@ def look_at_token(
 
 
 def framed(image: Pixels, grid: tuple[int, int], row: int, column: int) -> Pixels:
-    """Returns an image in a size to look at, with a frame around one cell of a grid."""
+    """Returns an enlarged image with a frame around one cell of a grid."""
     board = as_shown(image)
     height, width = board.shape[:2]
     top, bottom = (i * height // grid[0] for i in (row, row + 1))

@@ -1,4 +1,4 @@
-"""How the page looks: tabs of gradio components around `actions` and `looks`."""
+"""The layout of the page: tabs of gradio components around `actions` and `inspection`."""
 
 from typing import Any
 
@@ -113,7 +113,7 @@ def _interpolate(gr: Any, tools: Tools) -> None:
 
 
 def _upload(gr: Any, tools: Tools) -> tuple[Any, Any]:
-    """-> the state that holds the picture, and what shows it to the brush."""
+    """Returns the state that holds the picture, and the component that shows it to the brush."""
     state = gr.State(None)
     limits = tools.limits
     with gr.Row():
@@ -165,7 +165,7 @@ def _redraw(gr: Any, tools: Tools, state: Any, editor: Any) -> None:
             kind = gr.Radio(_KINDS, value="inpaint", label="What to do")
             label = components.class_or_none(gr, tools)
             count = gr.Slider(1, tools.limits.images, 4, step=1, label="Variants")
-            # Closed, so that the button is seen without scrolling.
+            # Closed, so that the button is visible without scrolling.
             with gr.Accordion("More settings", open=False):
                 seed = components.seed_of(gr)
                 guidance = components.guidance_of(gr, "inpaint")

@@ -1,4 +1,4 @@
-"""Settings of the page, and reading them from the command line."""
+"""Settings of the page, and how they are read from the command line."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -38,7 +38,9 @@ def defaults(family: str = "bigr") -> Any:
 
 
 def parse(argv: Sequence[str]) -> Any:
-    """Returns the settings that --config.KEY=VALUE changes; raises UserError for any other."""
+    """Returns the settings with those of --config.KEY=VALUE changed; raises UserError for any
+    other.
+    """
     generator = defaults().generator
     for argument in argv[1:]:
         name, _, value = argument.partition("=")
@@ -59,7 +61,7 @@ def parse(argv: Sequence[str]) -> Any:
 
 
 def _set(config: Any, keys: list[str], text: str) -> None:
-    """Changes one setting to what a text says, in the setting's own type."""
+    """Changes one setting to the value of a text, in the setting's own type."""
     seen = "config"
     for key in keys[:-1]:
         choose(f"key in {seen}:", key, config)
@@ -78,7 +80,7 @@ def _set(config: Any, keys: list[str], text: str) -> None:
 
 
 def _family(generator: str) -> str:
-    """-> the family of a generator, whose sampler's settings there are."""
+    """Returns the family of a generator, which determines the sampler's settings."""
     if not generator:
         return "bigr"
     try:

@@ -1,4 +1,4 @@
-"""Pictures that come in: uploads, what the brush painted on them, and their size on the page."""
+"""Uploaded pictures, the area that the brush painted, and their size on the page."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ _SHOWN = (384, 768)  # least and most pixels of the longer side on the page
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What one request may ask for."""
+    """The limits of one request."""
 
     images: int = 16
     megabytes: float = 20.0
@@ -27,7 +27,7 @@ class Limits:
 
 
 def read_upload(path: str | None, limits: Limits) -> Image.Image:
-    """Returns an uploaded picture; raises UserError for what is no picture, or too large."""
+    """Returns an uploaded picture; raises UserError if it is no picture or too large."""
     if not path:
         raise UserError("no picture was chosen")
     name = Path(path).name
@@ -40,7 +40,7 @@ def read_upload(path: str | None, limits: Limits) -> Image.Image:
         pixels = np.inf
     except Exception as e:  # damaged headers raise much more than OSError
         raise UserError(
-            f"{name} is no picture that can be read: JPEG, PNG, WebP, BMP and TIFF can"
+            f"{name} cannot be read as a picture: use JPEG, PNG, WebP, BMP or TIFF"
         ) from e
     if pixels > limits.megapixels * 1e6:
         raise UserError(f"{name} has more than {limits.megapixels:g} megapixels: reduce it")
@@ -51,7 +51,7 @@ def read_upload(path: str | None, limits: Limits) -> Image.Image:
 
 
 def shown(picture: Image.Image) -> Image.Image:
-    """Returns a picture in a size to look at and paint on: small ones in large pixels."""
+    """Returns a picture enlarged to a size to view and paint on."""
     longer = max(picture.size)
     least, most = _SHOWN
     if longer < least:
@@ -68,7 +68,7 @@ def shown(picture: Image.Image) -> Image.Image:
 
 
 def as_shown(image: Pixels) -> Pixels:
-    """Returns pixels in a size to look at."""
+    """Returns pixels enlarged to a size to view."""
     return np.array(shown(Image.fromarray(np.asarray(image))))
 
 
@@ -80,7 +80,7 @@ def chosen(picture: Image.Image | None) -> Image.Image:
 
 
 def area_painted(layers: Sequence[Any] | None, picture: Image.Image) -> Bool[np.ndarray, "H W"]:
-    """Returns where the brush painted on a picture: where a layer (RGBA) is not transparent.
+    """Returns where the brush painted: where a layer (RGBA) is not transparent.
 
     Raises UserError if nothing is painted.
     """
@@ -96,10 +96,10 @@ def area_painted(layers: Sequence[Any] | None, picture: Image.Image) -> Bool[np.
 def tokens_painted(
     kind: str, area: Bool[np.ndarray, "H W"], size: int, grid: tuple[int, int]
 ) -> Bool[np.ndarray, "h w"]:
-    """Returns the tokens that an area marks in the centre crop: of a brush, all that it touches.
+    """Returns the tokens that an area marks in the centre crop: all that the brush touches.
 
-    What outpainting keeps are the tokens that are painted by half. Raises UserError if it marks
-    none or all.
+    For outpainting, tokens at least half painted are kept. Raises UserError if it marks none or
+    all.
     """
     left, top, side = editing.crop_square(Image.fromarray(area.astype(np.uint8)), size)
     crop = area[top : top + side, left : left + side].astype(np.float32)

@@ -1,4 +1,4 @@
-"""Several tokenizers on the same images: a table, a page of pictures, and their curves."""
+"""Compares tokenizers on the same images: a table, a page of pictures, and their curves."""
 
 import json
 import math
@@ -18,9 +18,9 @@ _CELL, _GAP, _CAPTION, _FLOAT_BITS = 96, 4, 22, 32
 
 
 def parse_tokenizers(text: str) -> dict[str, str]:
-    """Returns name -> model directory of 'NAME=DIR,DIR,...'; a name is by default of the DIR.
+    """Returns name -> model directory of 'NAME=DIR,DIR,...'; the default name is that of the DIR.
 
-    Raises UserError for less than two, or two of one name.
+    Raises UserError for fewer than two, or two with one name.
     """
     found: dict[str, str] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
@@ -35,17 +35,18 @@ def parse_tokenizers(text: str) -> dict[str, str]:
         found[name] = path
     if len(found) < 2:
         raise UserError(
-            f"config.evaluate.tokenizers={text!r}: a comparison takes two at least, DIR,DIR or "
+            f"config.evaluate.tokenizers={text!r}: a comparison needs at least two, DIR,DIR or "
             "NAME=DIR,NAME=DIR"
         )
     return found
 
 
 def code_size(tokenizer: Any) -> dict[str, Any]:
-    """Returns `code`, in words, `bits_per_pixel`, and `ratio`: numbers in an image to a code's.
+    """Returns `code`, in words, `bits_per_pixel`, and `ratio`, the numbers of an image per number
+    of code.
 
-    A continuous latent counts as 32 bits; the ratio of a bit tokenizer is of bits, 8 a number of
-    the image.
+    A continuous latent counts as 32 bits. The ratio of a bit tokenizer compares bits, with 8 per
+    number of the image.
     """
     size = tokenizer.image_size
     images = jax.ShapeDtypeStruct((1, size, size, tokenizer.channels), jnp.float32)
@@ -75,7 +76,7 @@ def page(
 ) -> UInt8[np.ndarray, "H W 3"]:
     """Returns the originals in a row, and below each caption a row of reconstructions.
 
-    Images of another size than the originals' are drawn at theirs.
+    Reconstructions are resized to the originals.
     """
     side = originals.shape[1] * max(1, _CELL // originals.shape[1])
     width = len(originals) * (side + _GAP) + _GAP
@@ -103,7 +104,7 @@ _ERRORS = {"ssim": "SSIM", "lpips": "LPIPS", "l1": "L1"}
 
 
 def validation_curve(directory: str, metric: str = "val_l1") -> list[tuple[float, float]]:
-    """Returns (step, value) of a metric in the workdir that a model directory lies in, if any."""
+    """Returns (step, value) of a metric from the workdir of a model directory, if there is one."""
     path = Path(directory).parent / "metrics.jsonl"
     if Path(directory).name != "model" or not path.is_file():
         return []

@@ -1,4 +1,4 @@
-"""Features on disk while a generator is measured, so that a killed run goes on."""
+"""Features on disk while a generator is measured, so that a killed run resumes."""
 
 import contextlib
 import shutil
@@ -17,7 +17,7 @@ _CHUNK = 512  # images a file
 class FeatureStore:
     """Takes features of `count` images in order from `next_index` on, in files of 512 images.
 
-    Of several processes the first writes; all must use it alike.
+    Process 0 writes; all processes must make the same calls.
     """
 
     def __init__(self, path: Path, count: int):
@@ -36,7 +36,7 @@ class FeatureStore:
         return self.path / f"features-{chunk:05d}.npz"
 
     def add(self, features: dict[str, np.ndarray]) -> None:
-        """Takes the next features; a whole chunk goes to disk, and the last one."""
+        """Takes the next features; complete chunks and the last one are written to disk."""
         if self._waiting:
             features = {k: np.concatenate([self._waiting[k], v]) for k, v in features.items()}
         start = self.next_index // _CHUNK * _CHUNK
@@ -52,14 +52,14 @@ class FeatureStore:
         self._waiting = features if rows else {}
 
     def read(self) -> Iterator[dict[str, np.ndarray]]:
-        """Yields what is on disk, in order."""
+        """Yields the stored features in order."""
         on_first(lambda: None)  # when the first has written all of it
         for chunk in range(-(-self.count // _CHUNK)):
             with np.load(self._file(chunk)) as arrays:
                 yield dict(arrays)
 
     def remove(self) -> None:
-        """Deletes it, and the folder that it is in if that is empty then."""
+        """Deletes the store, and its parent folder if that is then empty."""
         on_first(self._remove)
 
     def _remove(self) -> None:

@@ -1,4 +1,4 @@
-"""From uint8 images to the features that metrics compare, by a protocol of the field, on a mesh."""
+"""Features of images for metrics, by the field's protocols, computed over a mesh."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +25,7 @@ Features = dict[str, np.ndarray]  # pool [n, d], spatial [n, s], logits [n, c], 
 
 
 def prepare_adm(images: UInt8[Array, "b H W 3"]) -> Array:
-    """Returns images as ADM's graph takes them: TensorFlow 1's resize, then (x - 128) / 128.
+    """Returns images as ADM's graph prepares them: TensorFlow 1's resize, then (x - 128) / 128.
 
     github.com/openai/guided-diffusion, `evaluations/evaluator.py`.
     """
@@ -33,7 +33,7 @@ def prepare_adm(images: UInt8[Array, "b H W 3"]) -> Array:
 
 
 def prepare_pytorch_fid(images: UInt8[Array, "b H W 3"]) -> Array:
-    """Returns images as pytorch-fid takes them: PyTorch's resize in [0, 1], then 2x - 1.
+    """Returns images as pytorch-fid prepares them: PyTorch's resize in [0, 1], then 2x - 1.
 
     github.com/mseitzer/pytorch-fid, `inception.py`.
     """
@@ -46,7 +46,7 @@ def prepare_random(images: UInt8[Array, "b H W 3"]) -> Array:
 
 
 class RandomNetwork(nn.Module):
-    """Three random convolutions: to try things out without a file; its numbers mean no more."""
+    """Three random convolutions, for trying things out without a file; its metrics mean nothing."""
 
     @nn.compact
     def __call__(self, x: Array) -> dict[str, Array]:
@@ -78,7 +78,7 @@ PROTOCOLS = {
 class Extractor:
     """Computes features with one program of a fixed batch shape, split over the mesh.
 
-    Every process gets the features of all images; all processes must make the same calls.
+    Every process gets the features of all images, and must make the same calls.
     """
 
     def __init__(self, protocol: str, params: Any, mesh: Mesh, batch_size: int):
@@ -146,7 +146,7 @@ def _program(protocol: str, mesh: Mesh) -> Callable[[Any, jax.Array], dict[str, 
 def make_extractor(protocol: str, weights: str, mesh: Mesh, batch_size: int) -> Extractor:
     """Returns the extractor of a protocol.
 
-    `weights` is the file of Inception's weights, maybe zoo:NAME, '' for the one in the cache;
+    `weights` is the file of Inception's weights or zoo:NAME; '' is the one in the cache. Raises
     UserError if there is none. The random network needs no file.
     """
     how = choose("protocol of evaluation", protocol, PROTOCOLS)
@@ -164,9 +164,9 @@ def _random_params() -> Any:
 
 
 def regroup(batches: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """Yields the same rows in batches of `size`, the last maybe smaller.
+    """Yields the same rows in batches of `size`; the last may be smaller.
 
-    Raises UserError if the rows are not all of one shape.
+    Raises UserError if the rows differ in shape.
     """
     waiting: list[np.ndarray] = []
     count, shape = 0, None

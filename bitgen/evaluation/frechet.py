@@ -52,7 +52,7 @@ def kernel_distance(
         raise UserError(f"features of different sizes, {a.shape[1]} and {b.shape[1]}")
     size = min(size, len(a), len(b))
     if size < 2:
-        raise UserError("KID needs two images at least in each set")
+        raise UserError("KID needs at least two images in each set")
     generator = np.random.default_rng(seed)
     values = []
     for _ in range(subsets):

@@ -1,4 +1,4 @@
-"""Measures sets of images against a reference: FID, sFID, Inception score, precision, recall, KID.
+"""Metrics of images against a reference: FID, sFID, Inception score, precision, recall, KID.
 
 A reference is an npz file in ADM's format, a folder of images, or a split of a config's data.
 """
@@ -65,7 +65,7 @@ def measure_reference(
 ) -> Summary:
     """Returns the summary of `config.evaluate.reference`, or of `config.data` if it is empty.
 
-    Precision, recall and KID see `config.evaluate.manifold` images of the data at most.
+    Precision, recall and KID use at most `config.evaluate.manifold` images of the data.
     """
     settings = config.evaluate
     path = settings.reference
@@ -97,7 +97,7 @@ def _monitored(
 
 @dataclasses.dataclass
 class GeneratorRun:
-    """A generator, its tokenizer, and the images that mode `sample` would draw with them."""
+    """A generator, its tokenizer, and the labels of the images to measure."""
 
     config: Any
     folder: Path  # of features, so that a killed run resumes
@@ -138,12 +138,12 @@ class GeneratorRun:
         return summarise(store.read(), store.count)
 
     def remove_stores(self) -> None:
-        """Deletes the features, once they are not needed."""
+        """Deletes the features when they are no longer needed."""
         for store in self.stores:
             store.remove()
 
     def _digest(self, sampler: dict[str, Any], extractor: Extractor) -> str:
-        """-> a short hash of what the features depend on."""
+        """Returns a short hash of everything that the features depend on."""
         identity = {
             "generator": self.generator.info["digest"],
             "tokenizer": self.tokenizer.info["digest"],
@@ -166,7 +166,7 @@ def open_generator(config: Any, workdir: Path) -> GeneratorRun:
     classes = parse_labels(config.sample.labels, generator.module.num_classes, names)
     labels = np.repeat(classes, config.sample.per_label)
     if len(labels) < 2:
-        raise UserError("metrics need two images at least: raise config.sample.per_label")
+        raise UserError("metrics need at least two images: raise config.sample.per_label")
     # Once for all scales of guidance.
     generator = dataclasses.replace(generator, params=prepare(generator.module, generator.params))
     return GeneratorRun(config, workdir / "evaluation.part", mesh, generator, tokenizer, labels)

@@ -1,4 +1,4 @@
-"""How close two images are, on 8-bit pixels: PSNR, SSIM, MS-SSIM."""
+"""Similarity of images on 8-bit pixels: PSNR, SSIM, MS-SSIM."""
 
 from typing import Any
 
@@ -35,8 +35,9 @@ def psnr(a: Num[Array, "b H W c"], b: Num[Array, "b H W c"]) -> Float[Array, " b
 def ssim(a: Num[Array, "b H W c"], b: Num[Array, "b H W c"]) -> Float[Array, " b"]:
     """Returns the SSIM of each pair, pixels 0 to 255 (Wang et al. 2004).
 
-    Gaussian window of 11 taps and deviation 1.5 where it fits, mean over places and channels, as
-    torchmetrics and TensorFlow compute it. Raises UserError below 11 pixels a side.
+    Gaussian window of 11 taps with deviation 1.5, where it lies inside the image; mean over
+    positions and channels, as in torchmetrics and TensorFlow. Raises UserError below 11 pixels a
+    side.
     """
     _check(a, b, _TAPS)
     luminance, contrast = _terms(a.astype(jnp.float32), b.astype(jnp.float32))
@@ -71,7 +72,7 @@ def _check(a: Any, b: Any, side: int = 1) -> None:
 
 
 def _terms(x: Array, y: Array) -> tuple[Array, Array]:
-    """-> luminance and contrast-structure terms, [b, h, w, c]."""
+    """Returns the luminance and contrast-structure terms, [b, h, w, c]."""
     mean_x, mean_y = _blur(x), _blur(y)
     var_x, var_y = _blur(x * x) - mean_x**2, _blur(y * y) - mean_y**2
     covariance = _blur(x * y) - mean_x * mean_y
@@ -80,7 +81,7 @@ def _terms(x: Array, y: Array) -> tuple[Array, Array]:
 
 
 def _blur(x: Array) -> Array:
-    """The Gaussian window where it lies inside of the image."""
+    """Applies the Gaussian window where it lies inside the image."""
     offsets = np.arange(_TAPS) - _TAPS // 2
     taps = np.exp(-(offsets**2) / (2 * _SIGMA**2))
     taps = jnp.asarray(taps / taps.sum(), jnp.float32)

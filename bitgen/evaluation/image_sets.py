@@ -1,4 +1,4 @@
-"""Where images to be measured come from: npz files, folders, the data of a config, a generator.
+"""Sets of images to measure: npz files, folders, and the data of a config.
 
 All give uint8 batches [b, H, W, 3] in order, a few in memory at a time.
 """
@@ -23,9 +23,9 @@ Batches = Iterator[np.ndarray]
 
 
 def read_images(path: str | Path, batch: int) -> tuple[int, Batches]:
-    """Returns how many images an npz file (its arr_0) or a folder holds, and their batches.
+    """Returns the number of images of an npz file (its arr_0) or a folder, and their batches.
 
-    Raises UserError if there is nothing of the kind, here or, for a damaged file, on the way.
+    Raises UserError if there are none or, while iterating, for a damaged file.
     """
     path = Path(path)
     if path.is_dir():
@@ -57,8 +57,8 @@ def read_data(
 ) -> data.Batches:
     """Returns one pass over a split of `config.data`, as `data.make_batches` gives it.
 
-    Centre crop, no flip. limit: so many examples at most, evenly spread over the split, since
-    classes often lie one after another; 0: all.
+    Centre crop, no flip. limit: the number of examples at most, evenly spread over the split,
+    because classes often lie one after another; 0: all.
     """
     c: Any = config_data.copy_and_resolve_references()
     c.split = split
@@ -76,14 +76,14 @@ def read_data(
 
 
 def read_share(config_data: Any, split: str, *, limit: int, rows: int) -> data.Batches:
-    """Returns what `read_data` does, of every batch the `rows` of this process."""
+    """Returns what `read_data` does, with `rows` rows of every batch for this process."""
     index, count = jax.process_index(), jax.process_count()
     where = {"process_index": index, "process_count": count}
     return read_data(config_data, split, limit=limit, batch=rows * count, **where)
 
 
 def pixels(batches: Iterable[dict[str, np.ndarray]]) -> Batches:
-    """Yields the images of data; raises UserError if it is packed bits."""
+    """Yields the images of batches; raises UserError for packed bits."""
     for batch in batches:
         if "image" not in batch:
             raise UserError(
@@ -135,7 +135,7 @@ def holds_images(path: str | Path) -> bool:
 
 
 class _open_member:
-    """The stream of arr_0's values, and its shape; a context."""
+    """A context with the stream of arr_0's values, and its shape."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -150,7 +150,7 @@ class _open_member:
             read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
             shape, fortran, dtype = read[npy.read_magic(self.stream)](self.stream)
         except (zipfile.BadZipFile, ValueError, KeyError) as e:
-            raise UserError(f"{self.path} is no npz file, or it is damaged: {e}") from None
+            raise UserError(f"{self.path} is not an npz file, or it is damaged: {e}") from None
         if dtype != np.uint8 or fortran:
             raise UserError(f"{self.path}: arr_0 is {dtype}, not uint8 images [n, H, W, 3]")
         return self.stream, shape

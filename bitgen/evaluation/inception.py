@@ -1,8 +1,9 @@
-"""The Inception network of 2015-12-05, by which FID, sFID and Inception score are defined.
+"""The Inception network of 2015-12-05, which defines FID, sFID and the Inception score.
 
-It is Inception v3 (Szegedy et al., arXiv 1512.00567) as TensorFlow's `classify_image_graph_def.pb`
-has it: average pooling leaves out the padding, the last block pools by maximum, 1,008 classes.
-Layers have the names of PyTorch's port, github.com/mseitzer/pytorch-fid.
+It is Inception v3 (Szegedy et al., arXiv 1512.00567) as in TensorFlow's
+`classify_image_graph_def.pb`: average pooling excludes the padding, the last block has maximum
+pooling, and there are 1,008 classes. Layers have the names of PyTorch's port,
+github.com/mseitzer/pytorch-fid.
 """
 
 from collections.abc import Iterator
@@ -84,7 +85,7 @@ STEM: tuple[tuple[str, int, tuple[int, int], int, str] | str, ...] = (
     ("Conv2d_4a_3x3", 192, (3, 3), 1, "VALID"),
     "pool",
 )
-# The outputs of a block's branches are joined in this order.
+# The outputs of a block's branches are concatenated in this order.
 BLOCKS: dict[str, tuple[Branch, ...]] = {
     "Mixed_5b": _block_a(32),
     "Mixed_5c": _block_a(64),
@@ -154,7 +155,7 @@ class ConvNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b p q d"]:
         """Returns the activations."""
-        # The highest precision: what a TPU or a GPU does to float32 by itself moves FID.
+        # The highest precision: the default of TPUs and GPUs for float32 changes FID.
         x = nn.Conv(
             self.channels,
             self.kernel,
@@ -175,7 +176,7 @@ class ConvNorm(nn.Module):
 
 
 class Inception(nn.Module):
-    """Images [b, 299, 299, 3] in [-1, 1] to the three things that metrics look at."""
+    """Images [b, 299, 299, 3] in [-1, 1] to the features that the metrics use."""
 
     @nn.compact
     def __call__(self, images: Float[Array, "b 299 299 3"]) -> dict[str, Float[Array, "b ..."]]:

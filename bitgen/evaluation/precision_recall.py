@@ -1,9 +1,9 @@
 """Precision and recall of generated images (Kynkaanniemi et al., arXiv 1904.06991).
 
 A set's manifold is the union of balls around its features, each as large as the distance to the
-k-th nearest other one. Precision is the share of samples in the reference's manifold, recall the
-share of the reference in the samples'. Distances are made in blocks of rows and columns, so that
-50,000 x 50,000 of them are never in memory together.
+k-th nearest other feature. Precision is the share of samples in the reference's manifold, recall
+the share of the reference in the samples'. Distances are computed in blocks, so that the 50,000 x
+50,000 of them are never in memory together.
 """
 
 import functools
@@ -28,9 +28,9 @@ def precision_recall(
 ) -> tuple[float, float]:
     """Returns precision and recall as ADM's suite defines them, from float32 distances.
 
-    ADM rounds features and distances to float16 where they fit, which moves its numbers by about
-    0.002; that is not repeated here. Raises UserError if the features differ in size, or a set has
-    not more than `k` rows.
+    ADM rounds features and distances to float16 where they fit, which changes its values by about
+    0.002; bitgen does not. Raises UserError if the features differ in size, or a set has at most
+    `k` rows.
     """
     if reference.shape[1] != samples.shape[1]:
         raise UserError(f"features of different sizes, {reference.shape[1]} and {samples.shape[1]}")
@@ -48,7 +48,7 @@ def precision_recall(
 
 
 def _blocks(rows: np.ndarray, block: int) -> jax.Array:
-    """-> [blocks, block, d], the last filled up with zeros."""
+    """Returns [blocks, block, d], the last block padded with zeros."""
     block = min(block, len(rows))
     count = -(-len(rows) // block)
     padded = np.zeros((count * block, rows.shape[1]), np.float32)
@@ -57,14 +57,16 @@ def _blocks(rows: np.ndarray, block: int) -> jax.Array:
 
 
 def _distances(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Squared, [x, y]."""
+    """Returns squared distances, [x, y]."""
     product = jnp.matmul(x, y.T, precision=jax.lax.Precision.HIGHEST)
     x2, y2 = jnp.sum(jnp.square(x), axis=1), jnp.sum(jnp.square(y), axis=1)
     return jnp.maximum(x2[:, None] - 2 * product + y2[None], 0)
 
 
 def _radii(blocks: jax.Array, count: int, k: int) -> np.ndarray:
-    """-> [blocks, block], the squared distance to the k-th nearest other row; -1 in the padding."""
+    """Returns the squared distance to the k-th nearest other row, [blocks, block]; -1 in the
+    padding.
+    """
     radii = np.stack([np.asarray(_block_radii(rows, blocks, count, k)) for rows in blocks])
     radii.reshape(-1)[count:] = -1
     return radii
@@ -87,7 +89,7 @@ def _block_radii(rows: jax.Array, blocks: jax.Array, count: Any, k: int) -> jax.
 
 
 def _covered(points: jax.Array, centres: jax.Array, radii: np.ndarray) -> np.ndarray:
-    """-> bool [rows]: which points lie in the ball of at least one centre."""
+    """Returns which points lie in the ball of at least one centre, bool [rows]."""
     placed = jnp.asarray(radii)
     return np.concatenate([np.asarray(_block_covered(rows, centres, placed)) for rows in points])
 

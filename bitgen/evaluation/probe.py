@@ -1,7 +1,7 @@
-"""Linear probe: how well each layer of a generator, averaged over tokens, tells the classes apart.
+"""Linear probes: how well the features of each layer of a generator separate the classes.
 
-As BiGR's paper evaluates representations (arXiv 2410.14672, section 4.3): nothing masked, the null
-class, average pooling, one linear layer on frozen features.
+BiGR's paper evaluates representations in this way (arXiv 2410.14672, section 4.3): nothing masked,
+the null class, average pooling over tokens, one linear layer on frozen features.
 """
 
 import functools
@@ -28,9 +28,9 @@ def layer_features(
 ) -> Callable[[Any, Any, np.ndarray], jax.Array]:
     """Returns f(generator params, tokenizer params, own images or packed bits) -> [b, l, d].
 
-    Inputs are uint8 [b, H, W, 3] or, `packed`, [b, h, w, ceil(k/8)]; b a multiple of the devices.
-    Of `layers` only, counted from 0. The generator is asked for `features(bits, labels [b])` ->
-    [l, b, n, d]; UserError if it has none.
+    Inputs are uint8 [b, H, W, 3] or, `packed`, [b, h, w, ceil(k/8)]; b is a multiple of the
+    devices. `layers` chooses layers, counted from 0. The generator must have `features(bits, labels
+    [b])` -> [l, b, n, d]; UserError if not.
     """
     if not hasattr(generator, "features"):
         raise UserError(f"{type(generator).__name__} has no features to probe")
@@ -41,7 +41,7 @@ def layer_features(
         else:
             variables = {"params": tokenizer_params}
             bits = tokenizer.apply(variables, from_uint8(inputs), method="encode")
-        # The null class: a label would give the answer away.
+        # The null class: a label would reveal the answer.
         labels = jnp.full(len(inputs), generator.num_classes, jnp.int32)
         variables = {"params": generator_params}
         features = generator.apply(variables, bits, labels, method="features")
@@ -61,7 +61,7 @@ def collect(
 ) -> tuple[Float[np.ndarray, "n l d"], Int[np.ndarray, " n"]]:
     """Returns the features and labels of all batches of data, which have at most `rows` rows.
 
-    Over several processes each gives its own rows of every batch, and gets those of all.
+    Each process gives its own rows of every batch, and gets those of all.
     """
     features, labels = [], []
     for batch in batches:

@@ -1,4 +1,4 @@
-"""Images through a tokenizer and back: errors of each, rFID, the use of the bits, and pictures."""
+"""Images through a tokenizer and back: errors, rFID, use of the bits, and pictures."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -25,30 +25,30 @@ from bitgen.runtime.mesh import BATCH, replicated, round_up_batch, to_device
 from bitgen.runtime.progress import with_progress_of_shares
 from bitgen.runtime.watchdog import Watchdog, with_heartbeats
 
-# A bit that is set, or is not, in a smaller share of the tokens than this counts as dead.
+# A bit counts as dead if it is set, or not set, in a smaller share of the tokens than this.
 RARE = 1e-6
 
 
 @dataclass
 class Metrics:
-    """What measures a tokenizer beyond the errors of pixels."""
+    """The metrics of a tokenizer beyond the errors of pixels."""
 
     lpips: Any  # parameters of `lpips_distance`, or None
     extractor: Extractor | None  # of rFID
 
     @property
     def digest(self) -> str | None:
-        """Names the weights of the features, if there are any."""
+        """The digest of the feature network's weights, if there is one."""
         return self.extractor.digest if self.extractor else None
 
 
 @dataclass
 class Reconstructions:
-    """What a pass of images through a tokenizer gives."""
+    """The result of a pass of images through a tokenizer."""
 
     values: dict[str, float]  # means over images by name, see `measure_tokenizer`
-    # By name, of the images to be shown: original and reconstruction, uint8 [n, H, W, 3], and of
-    # bits `finest`, bool [n, h, w, k], those of the last scale.
+    # Pictures by name: original and reconstruction, uint8 [n, H, W, 3], and for bits `finest`, bool
+    # [n, h, w, k], those of the last scale.
     shown: dict[str, np.ndarray]
     ones: Float[np.ndarray, "s k"]  # how often each bit of each scale is set; no scale: latents
 
@@ -76,8 +76,8 @@ def measure_data(
 ) -> Reconstructions:
     """Returns the round trip of a split of `config.data`, at the size of the tokenizer.
 
-    `settings` has the `split`, how many `images` at most, evenly spread over it (0: all), and the
-    `batch_size`. As many as `show` of them are to be shown, evenly spread too.
+    `settings` has the `split`, the number of `images` at most, evenly spread over it (0: all), and
+    the `batch_size`. `show` images, evenly spread too, are returned as pictures.
     """
     source = config_data.copy_and_resolve_references()
     source.image_size = tokenizer.module.image_size
@@ -98,13 +98,13 @@ def measure_tokenizer(
     rows: int,
     show: Int[np.ndarray, " n"],
 ) -> Reconstructions:
-    """Returns the round trip of images, which come in batches of at most `rows` a process.
+    """Returns the round trip of images, which come in batches of at most `rows` per process.
 
-    Its values: images (how many), psnr, l1, ssim, ms_ssim, lpips, rfid of all, and of bits
-    bits_per_image and `bit_usage`. Reconstructions are rounded to 8 bits first. What no metric was
-    opened for is left out, and so is SSIM below 11 pixels a side and MS-SSIM below 176. `show` has
-    the places of the images to be shown. Over several processes each gives its own rows of every
-    batch, and all get the same.
+    Its values: images (how many), psnr, l1, ssim, ms_ssim, lpips, rfid, and for bits bits_per_image
+    and `bit_usage`. Reconstructions are rounded to 8 bits first. Metrics that were not requested
+    are left out, and so are SSIM below 11 pixels a side and MS-SSIM below 176. `show` has the
+    positions of the images to return as pictures. Each process gives its own rows of every batch,
+    and all get the same result.
     """
     program = _program(tokenizer.module, mesh)
     variables = place((tokenizer.params, metrics.lpips), replicated(mesh))
@@ -148,15 +148,15 @@ def measure_tokenizer(
 def through(
     module: Any, params: Any, images: UInt8[Array, "b H W 3"]
 ) -> tuple[Any, Float[Array, "b H W 3"]]:
-    """Returns the codes of images, and what they decode to, not clipped."""
+    """Returns the codes of images, and their reconstructions, not clipped."""
     codes = module.apply({"params": params}, from_uint8(images), method="encode")
     return codes, module.apply({"params": params}, codes, method="decode")
 
 
 def bit_usage(ones: Float[np.ndarray, " k"]) -> dict[str, float]:
-    """Returns `bits_used`, a share, `bits_dead`, how many, and `bits_entropy`, the mean in bits.
+    """Returns `bits_used` (a share), `bits_dead` (a number), and `bits_entropy` (the mean in bits).
 
-    `ones` is the share of the tokens that have each bit set. The entropy is of each bit alone.
+    `ones` is the share of the tokens that have each bit set. The entropy is of each bit on its own.
     """
     used = (ones > RARE) & (ones < 1 - RARE)
     return {
@@ -167,13 +167,13 @@ def bit_usage(ones: Float[np.ndarray, " k"]) -> dict[str, float]:
 
 
 def bit_entropy(ones: Float[np.ndarray, "*b"]) -> Float[np.ndarray, "*b"]:
-    """Returns the entropy, in bits, of coins that show one so often."""
+    """Returns the entropy, in bits, of bits that are set with these probabilities."""
     q = np.clip(np.asarray(ones, np.float64), 1e-12, 1 - 1e-12)
     return -(q * np.log2(q) + (1 - q) * np.log2(1 - q))
 
 
 def scale_names(module: Any) -> list[str]:
-    """Returns a name for each scale of a tokenizer; none if it has a single one."""
+    """Returns a name for each scale of a tokenizer; none for a single scale."""
     grids = _grids(module)
     return [f"scale {i}, {h}x{w}" for i, (h, w) in enumerate(grids, 1)] if len(grids) > 1 else []
 
@@ -183,7 +183,7 @@ def _grids(module: Any) -> list[tuple[int, int]]:
 
 
 def _program(module: Any, mesh: Mesh) -> Any:
-    """-> f(params, lpips, images) -> values of each image, and the pictures made of it."""
+    """Returns f(params, lpips, images) -> values of each image, and its pictures."""
 
     def run(params, lpips, images):
         codes, decoded = through(module, params, images)

@@ -1,6 +1,6 @@
-"""Bilinear resizing as the two families of FID code do it: two small matrices, the same anywhere.
+"""Bilinear resizing as in the two families of FID code, by two small matrices.
 
-Neither smooths before it makes an image smaller; that is part of the published numbers.
+Neither filters before downsampling; that is part of the published numbers.
 """
 
 import jax
@@ -12,8 +12,8 @@ from jaxtyping import Array, Float
 def bilinear_weights(source: int, target: int, *, legacy: bool) -> Float[np.ndarray, "t s"]:
     """Returns the matrix that resizes a line of `source` values to `target` values.
 
-    legacy: TensorFlow 1's `resize_bilinear`, where output i lies at i * source / target; else
-    PyTorch's, where pixel centres are at one half. Positions are float32, as there.
+    legacy: TensorFlow 1's `resize_bilinear`, where output i is at i * source / target; otherwise
+    PyTorch's, where pixel centres are at one half. Positions are float32, as in the originals.
     """
     scale = np.float32(source) / np.float32(target)
     position = np.arange(target, dtype=np.float32)

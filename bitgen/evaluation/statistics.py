@@ -1,6 +1,6 @@
-"""Running statistics of features, float64 on the host; what is split can be merged.
+"""Running statistics of features, float64 on the host.
 
-`Summary` is all that metrics need of a set of images, so that no image is kept.
+A `Summary` is all that metrics need to know of a set of images.
 """
 
 import zipfile
@@ -20,14 +20,14 @@ SPLIT = 5000  # images of a split of the Inception score
 
 
 class Gaussian(NamedTuple):
-    """What Fréchet distances compare."""
+    """Mean and covariance, which Fréchet distances compare."""
 
     mean: Float[np.ndarray, " d"]
     covariance: Float[np.ndarray, "d d"]
 
 
 class Moments:
-    """Count, mean and covariance of rows that come in any number of batches."""
+    """Count, mean and covariance of rows that come in batches of any size."""
 
     def __init__(self, size: int):
         self.count, self.mean = 0, np.zeros(size)
@@ -48,7 +48,7 @@ class Moments:
             self._join(len(rows), mean, (rows - mean).T @ (rows - mean))
 
     def _join(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
-        # Chan, Golub and LeVeque (1979): nothing large is subtracted from anything large.
+        # Chan, Golub and LeVeque (1979), which avoids the difference of large numbers.
         total, difference = self.count + count, mean - self.mean
         self.scatter += scatter
         self.scatter += np.outer(difference, difference) * (self.count * count / total)
@@ -59,7 +59,7 @@ class Moments:
         """Returns mean and covariance (n - 1); raises UserError for fewer than two rows."""
         self._flush()
         if self.count < 2:
-            raise UserError(f"statistics need two images at least, got {self.count}")
+            raise UserError(f"statistics need at least two images, got {self.count}")
         return Gaussian(self.mean, self.scatter / (self.count - 1))
 
 
@@ -70,7 +70,7 @@ class Scores:
         self.sums: dict[int, list[Any]] = {}  # split -> count, sum p, sum p log p
 
     def add(self, logits: Float[np.ndarray, "n c"], splits: Int[np.ndarray, " n"]) -> None:
-        """Adds the logits of images, and to which split each belongs."""
+        """Adds the logits of images, and the split of each."""
         logits = np.asarray(logits, np.float64)
         logits = logits - logits.max(1, keepdims=True)
         log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
@@ -95,7 +95,7 @@ class Scores:
 
 @dataclass
 class Summary:
-    """A set of images as metrics see it."""
+    """The statistics of a set of images."""
 
     count: int
     pool: Gaussian
@@ -110,9 +110,9 @@ def summarise(
 ) -> Summary:
     """Returns the summary of a stream of features of about `total` images.
 
-    Each `keep_every`-th image's are kept, 0: none. The Inception score of ADM's suite takes every
-    5,000 images as they lie in the file, and is far too low if they lie in order of their class;
-    so there is a second one, whose as many splits have every image in turn.
+    The features of each `keep_every`-th image are kept; 0: none. ADM's Inception score takes every
+    5,000 images in the order of the file as a split, and is far too low if they are in the order of
+    their classes. A second one spreads the images over the same number of splits.
     """
     count, kept = 0, []
     moments: dict[str, Moments] = {}
@@ -129,7 +129,7 @@ def summarise(
             kept.append(batch["pool"][-count % keep_every :: keep_every].copy())
         count += len(places)
     if count < 2:
-        raise UserError(f"metrics need two images at least, got {count}")
+        raise UserError(f"metrics need at least two images, got {count}")
     return Summary(
         count,
         moments["pool"].gaussian(),
@@ -142,10 +142,10 @@ def summarise(
 
 # ------------------------------------------------------------------------------- files
 def write_statistics(path: str | Path, summary: Summary, protocol: str, digest: str) -> None:
-    """Writes mu, sigma, mu_s and sigma_s as ADM's reference files have them; whole or not at all.
+    """Writes mu, sigma, mu_s and sigma_s as in ADM's reference files, atomically.
 
-    pytorch-fid reads mu and sigma from the same file. The protocol and the digest of the weights go
-    with them, so that `read_statistics` can refuse to compare what is not comparable.
+    pytorch-fid reads mu and sigma from the same file. The protocol and the digest of the weights
+    are stored too, so that `read_statistics` can refuse what is not comparable.
     """
     arrays: dict[str, Any] = {"mu": summary.pool.mean, "sigma": summary.pool.covariance}
     if summary.spatial is not None:
@@ -155,9 +155,9 @@ def write_statistics(path: str | Path, summary: Summary, protocol: str, digest: 
 
 
 def read_statistics(path: str | Path, protocol: str, digest: str) -> Summary | None:
-    """Returns the statistics in an npz file, or None if it holds none (but maybe images, arr_0).
+    """Returns the statistics in an npz file, or None if it has none (but perhaps images, arr_0).
 
-    Raises UserError if it cannot be read, or says that it is of another protocol or other weights.
+    Raises UserError if it cannot be read, or was made with another protocol or other weights.
     """
     path = Path(path)
     if not path.is_file():
@@ -168,7 +168,7 @@ def read_statistics(path: str | Path, protocol: str, digest: str) -> Summary | N
             wanted = names & {"mu", "sigma", "mu_s", "sigma_s", "count", "protocol", "weights"}
             held = {name: arrays[name] for name in wanted}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as e:
-        raise UserError(f"{path} is no npz file, or it is damaged: {e}") from None
+        raise UserError(f"{path} is not an npz file, or it is damaged: {e}") from None
     if not {"mu", "sigma"} <= names:
         return None
     made = str(held.get("protocol", protocol))

@@ -25,10 +25,11 @@ _NORM_IN_GRAPH = {
 
 
 def find_weights(path: str = "") -> Path:
-    """Returns the file of Inception's weights: `path`, zoo:NAME downloaded, or '' what is there.
+    """Returns the file of Inception's weights: `path`, zoo:NAME downloaded, or '' for one in the
+    cache.
 
-    All files of the zoo hold the same network. Raises UserError if there is none: which file to
-    get, and where to put it.
+    All files of the zoo hold the same network. Raises UserError if there is none, with the file to
+    get and where to put it.
     """
     if path.startswith(zoo.PREFIX):
         return zoo.fetch_weights(path)
@@ -48,8 +49,8 @@ def find_weights(path: str = "") -> Path:
 def load_inception(path: str | Path) -> dict[str, Any]:
     """Returns the parameters of `Inception`, float32 numpy arrays, from a file of the zoo.
 
-    Raises UserError for a file that cannot be read, and one that lists every tensor that is
-    missing, unknown or of a wrong shape.
+    Raises UserError for a file that cannot be read, and one with all tensors that are missing,
+    unknown or misshaped.
     """
     path = Path(path)
     if path.suffix == ".pb":
@@ -82,7 +83,7 @@ def table() -> list[Entry]:
 
 
 def _from_graph(path: Path) -> dict[str, np.ndarray]:
-    """-> the graph's constants by the names, and in the layout, of the PyTorch ports."""
+    """Returns the graph's constants by the names, and in the layout, of the PyTorch ports."""
     from google.protobuf.message import DecodeError
     from tensorboard.compat.proto.graph_pb2 import GraphDef
     from tensorboard.util.tensor_util import make_ndarray
@@ -90,7 +91,7 @@ def _from_graph(path: Path) -> dict[str, np.ndarray]:
     try:
         graph = GraphDef.FromString(path.read_bytes())
     except DecodeError as e:
-        raise UserError(f"{path} is no TensorFlow graph, or it is damaged: {e}") from None
+        raise UserError(f"{path} is not a TensorFlow graph, or it is damaged: {e}") from None
     constants = {n.name: n.attr["value"].tensor for n in graph.node if n.op == "Const"}
     tensors, missing = {}, []
 

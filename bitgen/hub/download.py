@@ -1,4 +1,4 @@
-"""A file from an address to a place, whole or not at all."""
+"""Downloads of files, complete or not at all."""
 
 import hashlib
 import http.client
@@ -15,20 +15,20 @@ _TIMEOUT = 30  # seconds without a byte
 
 
 def download(url: str, file: Path, sha256: str = "") -> None:
-    """Downloads to `file`; what broke off goes on where it was, in a temporary file beside it.
+    """Downloads to `file`; an interrupted download resumes, in a temporary file beside it.
 
-    `sha256` is the digest that the file must have, or its first digits. Raises OSError, of one
-    line, if it cannot be had, breaks off, or has another digest.
+    `sha256` is the digest that the file must have, or its first digits. Raises OSError with one
+    line if the download fails, breaks off, or has another digest.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.name}.part")
     try:
         whole = _fetch(url, part, file.name)
     except http.client.HTTPException as e:
-        raise OSError(f"it broke off ({type(e).__name__}), the same command goes on") from None
+        raise OSError(f"it broke off ({type(e).__name__}); the same command resumes it") from None
     size = part.stat().st_size
     if size < whole:
-        raise OSError(f"it broke off after {size} of {whole} bytes, the same command goes on")
+        raise OSError(f"it broke off after {size} of {whole} bytes; the same command resumes it")
     with part.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if not digest.startswith(sha256):
@@ -38,7 +38,7 @@ def download(url: str, file: Path, sha256: str = "") -> None:
 
 
 def _fetch(url: str, part: Path, name: str) -> int:
-    """Appends to `part` what it lacks; returns its whole size in bytes, 0 if that is not known."""
+    """Appends the missing bytes to `part`; returns the full size in bytes, 0 if it is not known."""
     start = part.stat().st_size if part.is_file() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:

@@ -1,10 +1,9 @@
-"""Model directories: `model.json`, which describes the model, beside its Orbax parameters.
+"""Model directories: `model.json`, which describes the model, and its Orbax parameters.
 
-Training exports them, conversion writes them, every mode reads them. A third part is there if the
-model was imported with tensors that it does not use but its original file has, such as the
-discriminator that a tokenizer was trained against: `carried.npz`, by their original names.
-
-A path may be `zoo:NAME`, a released model (`zoo`).
+Training and conversion write them, and every mode reads them. An imported model also has
+`carried.npz` if its original file has tensors that the model does not use, such as the
+discriminator of a tokenizer; they keep their original names. A path may be `zoo:NAME`, a released
+model (`zoo`).
 """
 
 import dataclasses
@@ -49,11 +48,10 @@ def write(
     """Writes a model directory; it appears, or replaces the one before, only when complete.
 
     Args:
-      directory: where to; UserError if something else than a model directory is there.
+      directory: where to; UserError if something other than a model directory is there.
       info: kind ('tokenizer' or 'generator'), family, hparams and origin.
-      params: nested dict of arrays. Or of LazyArray, of which one is in memory at a time: for a
-        single process.
-      carried: names and values of tensors to keep aside, no half types.
+      params: nested dict of arrays; or, in a single process, of LazyArray, one in memory at a time.
+      carried: names and values of tensors to keep beside the model, no half types.
     """
     directory = Path(os.path.abspath(directory))
     primary = is_first()
@@ -94,7 +92,7 @@ def _make_empty(directory: Path) -> None:
 
 
 def check_replaceable(directory: Path) -> None:
-    """Raises UserError if something else than a model directory is there."""
+    """Raises UserError if something other than a model directory is there."""
     if directory.is_dir() and not (directory / "model.json").is_file() and any(directory.iterdir()):
         raise UserError(f"{directory} has other files in it, choose a new directory")
     if directory.exists() and not directory.is_dir():
@@ -122,7 +120,7 @@ def read_info(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def describe(path: str | os.PathLike, kind: str, **fields: Any) -> Any:
-    """Returns the module of a model directory; of zoo:NAME without fetching it.
+    """Returns the module of a model directory; zoo:NAME is not downloaded for it.
 
     Raises UserError if there is no model or it is of another kind.
     """
@@ -131,7 +129,7 @@ def describe(path: str | os.PathLike, kind: str, **fields: Any) -> Any:
 
 
 def _info(path: str | os.PathLike, kind: str, fetch: bool = True) -> dict[str, Any]:
-    """model.json of a model of this kind; of zoo:NAME, unless fetched, what its entry tells."""
+    """Returns the model.json of a model of this kind, or the zoo's before it is downloaded."""
     if not str(path):
         raise UserError(f"no {kind} given: set --config.{kind}=DIR to a model directory")
     if str(path).startswith(zoo.PREFIX) and not fetch:
@@ -149,14 +147,14 @@ def load(path: str | os.PathLike, kind: str, sharding: Any = None, **fields: Any
 
     Args:
       path: the directory, or zoo:NAME.
-      kind: 'tokenizer' or 'generator'; anything else there is a UserError.
-      sharding: of every parameter; the first device of this process by default.
+      kind: 'tokenizer' or 'generator'; UserError if it is the other.
+      sharding: of every parameter; by default the first device of this process.
       **fields: of the module that are not part of the model, such as dtype.
     """
     info = _info(path, kind)
     module = build.make_module(kind, info["family"], {**info["hparams"], **fields})
     shapes = build.param_shapes(module)
-    # Checked before anything is read: an Orbax restore that fails leaves threads behind.
+    # Check before reading: a failed Orbax restore leaves threads behind.
     if faults := build.shape_faults(open_params(path), shapes):
         raise UserError(
             f"the parameters in {path} do not match its model.json: {faults[0]} "
@@ -179,13 +177,13 @@ def load(path: str | os.PathLike, kind: str, sharding: Any = None, **fields: Any
 
 
 def identity(path: str | os.PathLike) -> dict[str, Any]:
-    """Returns what names a model beyond its path: family and digest."""
+    """Returns family and digest, which identify a model independently of its path."""
     info = read_info(path)
     return {"family": info["family"], "digest": info["digest"]}
 
 
 def load_carried(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Returns the tensors that the import kept aside, by their original names; often none."""
+    """Returns the tensors that the import kept, by their original names; often none."""
     file = zoo.resolve(path) / "carried.npz"
     if not file.is_file():
         return {}
@@ -214,7 +212,7 @@ def digest(params: Any) -> str:
 
 
 def _write_carried(path: Path, carried: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Writes what `np.load` reads, one array in memory at a time; no file if there are none."""
+    """Writes an npz file, one array in memory at a time; no file if there are no arrays."""
     with zipfile.ZipFile(path, "w") as file:
         for name, value in carried:
             with file.open(f"{name}.npy", "w", force_zip64=True) as entry:
@@ -226,8 +224,8 @@ def _write_carried(path: Path, carried: Iterable[tuple[str, np.ndarray]]) -> Non
 def load_pair(config: Any, workdir: Path, sharding: Any) -> tuple[Model, Model]:
     """Returns the generator and the tokenizer of a config, to compute in `config.sample.dtype`.
 
-    The generator is `config.generator`, or the one that was trained in the workdir. Raises
-    UserError if one cannot be loaded, or they do not fit.
+    The generator is `config.generator`, or the one trained in the workdir. Raises UserError if one
+    of them cannot be loaded, or they do not fit.
     """
     dtype = choose("dtype", config.sample.dtype, build.DTYPES)
     generator = load(config.generator or workdir / "model", "generator", sharding)
@@ -241,7 +239,7 @@ def load_pair(config: Any, workdir: Path, sharding: Any) -> tuple[Model, Model]:
 
 
 def check_bits(module: Any, path: str | os.PathLike) -> None:
-    """Raises UserError unless the tokenizer gives one grid of bits, as generators make them."""
+    """Raises UserError unless the tokenizer has one grid of bits, which generators need."""
     if not module.bits:
         raise UserError(f"{path} gives continuous latents, no bits: set its quantizer in training")
     if scales := getattr(module, "scales", ()):

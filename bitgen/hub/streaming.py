@@ -1,6 +1,6 @@
-"""Parameters to and from disk a few at a time, for models that memory does not hold whole.
+"""Reads and writes parameters a few at a time, for models larger than memory.
 
-On disk they are the Orbax checkpoints that `model_directory` saves and restores whole.
+On disk they are the Orbax checkpoints that `model_directory` saves and restores completely.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ _CHUNK = 64 << 20  # bytes that are compressed, and read back, together
 
 @dataclasses.dataclass(frozen=True)
 class LazyArray:
-    """An array that is made when its turn to be written comes."""
+    """An array that is made when it is written."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -29,7 +29,7 @@ class LazyArray:
 
 
 def save(directory: Path, params: Any) -> str:
-    """Saves a nested dict of LazyArray, made one after another, and returns their digest.
+    """Saves a nested dict of LazyArray one after another, and returns their digest.
 
     For a single process.
     """
@@ -46,7 +46,7 @@ def save(directory: Path, params: Any) -> str:
     writer = _LazyHandler(deepcopy_host_arrays=False)
     types = ocp.type_handlers.create_type_handler_registry(
         (LazyArray, writer),
-        (jax.Array, ocp.type_handlers.ArrayHandler()),  # of no use, but Orbax warns without it
+        (jax.Array, ocp.type_handlers.ArrayHandler()),  # not used, but Orbax warns without it
     )
     args = ocp.args.PyTreeSave(
         jax.tree_util.tree_map_with_path(hashed, params),
@@ -63,7 +63,7 @@ def save(directory: Path, params: Any) -> str:
 
 
 class _LazyHandler(ocp.type_handlers.NumpyHandler):
-    """Writes LazyArrays as Orbax writes numpy arrays, made when those before are on disk."""
+    """Writes LazyArrays as Orbax writes numpy arrays, making each when those before are on disk."""
 
     writing: tuple[Any, ...] = ()
 
@@ -81,7 +81,9 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
         return []
 
     def wait(self) -> list[Exception]:
-        """Waits until nothing is being written, so that the files can be deleted; the errors."""
+        """Waits until nothing is being written, so that the files can be deleted; returns the
+        errors.
+        """
         errors = []
         for commit in self.writing:
             try:
@@ -92,7 +94,7 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
 
 
 def _groups(arrays: Sequence[Any]) -> Iterator[list[int]]:
-    """Yields runs of indices: of one array, or of small ones that are quicker done together."""
+    """Yields runs of indices: single arrays, or small ones that are quicker to process together."""
     group, total = [], 0
     for i, array in enumerate(arrays):
         size = math.prod(array.shape) * array.dtype.itemsize
@@ -106,7 +108,9 @@ def _groups(arrays: Sequence[Any]) -> Iterator[list[int]]:
 
 
 def open_arrays(directory: Path) -> dict[str, Any]:
-    """Returns a nested dict of StoredArray; raises ValueError, KeyError or OSError for none."""
+    """Returns a nested dict of StoredArray; raises ValueError, KeyError or OSError if there is
+    none.
+    """
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         found = checkpointer.metadata(directory).item_metadata
     if found is None:
@@ -144,7 +148,7 @@ class StoredArray:
 
 
 class _Reader:
-    """Reads arrays in groups; keeps the last group, since all of it is asked for together."""
+    """Reads arrays in groups and keeps the last group, whose arrays are requested together."""
 
     def __init__(self, directory: Path):
         self.directory = directory
@@ -167,7 +171,9 @@ class _Reader:
 
 
 class Digest:
-    """A short hash of names, shapes, dtypes and values of arrays, in the order that they come."""
+    """A short hash of names, shapes, dtypes and values of arrays, in the order in which they are
+    added.
+    """
 
     def __init__(self):
         self.hash = hashlib.blake2b(digest_size=8)
@@ -179,5 +185,5 @@ class Digest:
         self.hash.update(array.reshape(-1).view(np.uint8).data)
 
     def value(self) -> str:
-        """Returns the hash of what was added."""
+        """Returns the hash."""
         return self.hash.hexdigest()

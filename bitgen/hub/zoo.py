@@ -1,7 +1,7 @@
-"""`zoo:NAME`: fetches a released checkpoint and converts it, or fetches a file of a metric.
+"""`zoo:NAME`: downloads and converts released checkpoints, and downloads the files of metrics.
 
-A converted model lies in the cache, `models/NAME` below $BITGEN_CACHE or ~/.cache/bitgen. A file
-that cannot be downloaded is put by hand where `placed` says. `zoo_entries` lists what there is.
+Converted models are in the cache, `models/NAME` below $BITGEN_CACHE or ~/.cache/bitgen. A file that
+cannot be downloaded has to be put where `placed` says. `zoo_entries` has the list.
 """
 
 import fcntl
@@ -35,7 +35,7 @@ def settings(entry: Entry) -> dict[str, Any]:
 
 
 def complete(kind: str, family: str, hparams: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns every setting of a family's module, those not given with their defaults."""
+    """Returns every setting of a family's module, with defaults for those not given."""
     defaults = build.fields_of(kind, family)
     return {
         name: hparams.get(name, value)
@@ -45,21 +45,21 @@ def complete(kind: str, family: str, hparams: Mapping[str, Any]) -> dict[str, An
 
 
 def find(family: str, hparams: Mapping[str, Any]) -> Entry | None:
-    """Returns the entry of a family that agrees with all the settings given, if there is one."""
+    """Returns the entry of a family that has all the given settings, if there is one."""
     wanted = tuples(hparams).items()
     entries = (entry for entry in ZOO.values() if entry.family == family)
     return next((entry for entry in entries if wanted <= settings(entry).items()), None)
 
 
 def tuples(value: Any) -> Any:
-    """Returns settings that were read from JSON, which has lists only, with tuples for them."""
+    """Returns settings read from JSON with tuples in place of lists."""
     if isinstance(value, Mapping):
         return {name: tuples(inner) for name, inner in value.items()}
     return tuple(value) if isinstance(value, list) else value
 
 
 def describe(family: str, hparams: Mapping[str, Any]) -> str:
-    """Returns the sizes of a model in few words: those of its entry, if it is in the zoo."""
+    """Returns a model's size in few words: those of its entry, if it is in the zoo."""
     if entry := find(family, hparams):
         return entry.size
     if "latent_channels" in hparams:
@@ -75,11 +75,11 @@ def describe(family: str, hparams: Mapping[str, Any]) -> str:
 
 
 def resolve(path: str | os.PathLike) -> Path:
-    """Returns the model directory of zoo:NAME, fetched and converted on first use; any other path
-    as it is.
+    """Returns the model directory of zoo:NAME, downloaded and converted on first use, or the path
+    itself.
 
-    Raises UserError for an unknown name, and if the file is neither there nor can be downloaded:
-    which file to get, and where to put it.
+    Raises UserError for an unknown name, and, if the file is missing and cannot be downloaded, with
+    the file to get and where to put it.
     """
     if not str(path).startswith(PREFIX):
         return Path(path)
@@ -90,12 +90,12 @@ def resolve(path: str | os.PathLike) -> Path:
 
 
 def cache() -> Path:
-    """Returns the directory that zoo models and files put by hand are in."""
+    """Returns the directory of converted models and of files that were put there by hand."""
     return Path(os.environ.get("BITGEN_CACHE") or Path.home() / ".cache" / "bitgen").absolute()
 
 
 def placed(entry: Entry | WeightsFile) -> Path:
-    """Returns where a file is found that is put there by hand."""
+    """Returns the path at which a file that was downloaded by hand is found."""
     folder = entry.family if isinstance(entry, WeightsFile) else entry.name
     return cache() / "files" / folder / entry.file
 
@@ -103,8 +103,8 @@ def placed(entry: Entry | WeightsFile) -> Path:
 def fetch_weights(name: str) -> Path:
     """Returns the file of zoo:NAME that a metric reads, downloaded on first use.
 
-    Raises UserError for an unknown name, and if the file is neither there nor can be downloaded:
-    which file to get, and where to put it.
+    Raises UserError for an unknown name, and, if the file is missing and cannot be downloaded, with
+    the file to get and where to put it.
     """
     entry = choose("file of the zoo", name.removeprefix(PREFIX), WEIGHTS)
     file = placed(entry)
@@ -139,10 +139,10 @@ def table() -> str:
 
 
 def parameter_table() -> str:
-    """Returns how many parameters every known network has, beside what its authors print.
+    """Returns the number of parameters of every known network, beside the published one.
 
-    Counted from shapes, so no weights are needed, but some seconds a network. Running statistics
-    of batch norms are left out, as authors do.
+    They are counted from shapes, which needs no weights but a few seconds per network. Running
+    statistics of batch norms are not counted, as authors do not count them.
     """
     rows = [("NAME", "FAMILY", "PARAMETERS", "PUBLISHED")]
     networks = {e.name: (e.kind, e.family, dict(e.hparams)) for e in ZOO.values()}
@@ -165,7 +165,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _file(entry: Entry) -> Path:
-    """Returns the checkpoint file, put by hand or downloaded."""
+    """Returns the checkpoint file, which was put there by hand or is downloaded."""
     by_hand = placed(entry)
     if by_hand.parent.is_dir():
         for path in by_hand.parent.iterdir():
@@ -187,14 +187,14 @@ def _file(entry: Entry) -> Path:
     if not is_first():
         disable_progress_bars()
     try:
-        # Into the hub's own cache: what another program fetched is found, what broke off resumes.
+        # The hub's own cache has what other programs downloaded, and resumes interrupted downloads.
         return Path(hf_hub_download(entry.repository, entry.path))
     except Exception as e:  # of three libraries, none of which has a class for all its errors
         raise UserError(f"{entry.name} cannot be downloaded: {first_line(e)}; {help_}") from None
 
 
 def _convert(file: Path, directory: Path, entry: Entry) -> None:
-    # A process of its own: what asks for the model may span hosts and hold the accelerator.
+    # In a process of its own: the caller may span several hosts and hold the accelerator.
     command = [sys.executable, "-m", "bitgen.convert", str(file), str(directory)]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     if not is_first():

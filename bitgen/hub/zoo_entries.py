@@ -1,4 +1,4 @@
-"""What is published: checkpoints with sizes and files, files of metrics, counts of parameters."""
+"""Published checkpoints with their sizes and files, files of metrics, and numbers of parameters."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -34,13 +34,13 @@ class Entry:
 
     @property
     def source(self) -> str:
-        """Where the file is, to be read by a person."""
+        """The address of the file, for people."""
         return self.url or f"huggingface.co/{self.repository} {self.path}"
 
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """A published file that a metric reads as it is."""
+    """A published file that a metric reads."""
 
     name: str
     family: str  # the network that it holds; also its folder in the cache
@@ -120,7 +120,7 @@ def _dcae(size: str, trained: str, expected: str = "", **hparams: Any) -> Entry:
 
 
 def _deeper(*widths: int) -> dict[str, Any]:
-    """The settings of f32c32 with more stages of attention."""
+    """Returns the settings of f32c32 with more stages of attention."""
     defaults = build.fields_of("tokenizer", "dcae")
     words = {"depths": 2, "blocks": "attention", "norms": "rms", "activations": "silu"}
     more = {"widths": widths} | {name: (word,) * len(widths) for name, word in words.items()}
@@ -223,7 +223,9 @@ ZOO = {entry.name: entry for entry in _ENTRIES}
 
 
 def _tiles(latents: int, *widths: int, depths: tuple[int, ...] = (2, 2, 2)) -> dict[str, Any]:
-    """A DC-AE of 32x32 images, one cell each; `depths` of its stages of attention."""
+    """Returns the settings of a DC-AE for 32x32 images with one cell; `depths` of its attention
+    stages.
+    """
     return {
         "image_size": 32,
         "latent_channels": latents,
@@ -243,7 +245,7 @@ TILES = {
     "dcae_07": _tiles(64, 64, 128, 256, 256, 512, 512, depths=(2, 3, 4)),
 }
 
-# Parameters as the authors print them, often rounded down; what is not here is not published.
+# Numbers of parameters as published, often rounded down; the others are not published.
 PARAMETERS = {
     **{"bigr_L_d24": "336M", "bigr_XL_d24": "799M", "bigr_XXL_d24": "1.48B"},
     **{"bigr_XXL_d32": "1.48B", "bigr_L_d32_512": "373M"},

@@ -1,4 +1,4 @@
-"""Animations of the sampler at work, as GIF or WebP."""
+"""Animations of the sampler, as GIF or WebP."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -22,7 +22,7 @@ def sampling_frames(
 ) -> list[UInt8[np.ndarray, "H W 3"]]:
     """Returns a grid of the images after each step, small images enlarged.
 
-    `steps` are those of `samplers.progressive.progressive_images`.
+    `steps` is what `samplers.progressive.progressive_images` yields.
     """
     frames = []
     for images, _ in steps:
@@ -34,7 +34,7 @@ def sampling_frames(
 def write_animation(
     path: str | os.PathLike, frames: Sequence[UInt8[np.ndarray, "H W 3"]], milliseconds: int = 120
 ) -> None:
-    """Writes NAME.gif or NAME.webp, which repeats and rests at its last frame.
+    """Writes NAME.gif or NAME.webp, which repeats and pauses at its last frame.
 
     Raises UserError for another name, no frames, or frames of different sizes.
     """
@@ -58,6 +58,6 @@ def write_animation(
 
 
 def check_animation(path: Path) -> None:
-    """Raises UserError unless an animation can have this name."""
+    """Raises UserError unless the name is one of an animation."""
     if path.suffix not in (".gif", ".webp"):
         raise UserError(f"an animation is NAME.gif or NAME.webp, not {path.name}")

@@ -16,10 +16,10 @@ class BrokenImage(Exception):
 
 
 def decode(data: bytes | np.ndarray) -> Image.Image:
-    """Encoded bytes, or uint8 `[H, W]` or `[H, W, 1|3|4]` -> an RGB image of the same size.
+    """Returns an RGB image of encoded bytes, or of uint8 `[H, W]` or `[H, W, 1|3|4]`.
 
-    Greyscale, palette, 16-bit and CMYK become RGB; transparency is laid on white.
-    Raises BrokenImage.
+    Greyscale, palette, 16-bit and CMYK become RGB, and transparency becomes white. Raises
+    BrokenImage.
     """
     try:
         if isinstance(data, np.ndarray):
@@ -33,13 +33,13 @@ def decode(data: bytes | np.ndarray) -> Image.Image:
     # Decoders of damaged bytes raise much more than OSError: SyntaxError, struct.error, ...
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        # PIL prints the address of the buffer, which says nothing.
+        # PIL prints the address of the buffer.
         reason = "not an image" if reason.startswith("cannot identify") else reason
         raise BrokenImage("empty file" if len(data) == 0 else reason) from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Greyscale, palette, 16-bit and CMYK as RGB, transparency laid on white."""
+    """Returns greyscale, palette, 16-bit and CMYK images as RGB, with transparency on white."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I"):  # 16 bits: PIL would clip at 255 instead of scaling
@@ -53,7 +53,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def resize_shorter(image: Image.Image, size: int) -> Image.Image:
-    """Shorter side to `size` as in ADM: halved with BOX while twice too large, then BICUBIC.
+    """Resizes the shorter side to `size` as ADM does: halving with BOX, then BICUBIC.
 
     https://github.com/openai/guided-diffusion `guided_diffusion/image_datasets.py`.
     """
@@ -90,7 +90,9 @@ def random_crop(
 def resize_crop(
     image: Image.Image, size: int, rng: np.random.Generator
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Binary Latent Diffusion's crop: shorter side to 1.05 x `size`, BILINEAR, random square."""
+    """Binary Latent Diffusion's crop: shorter side to 1.05 x `size` (BILINEAR), then a random
+    square.
+    """
     shorter = int(1.05 * size)
     # The longer side rounded down, as torchvision does.
     width, height = (shorter * side // min(image.size) for side in image.size)

@@ -1,4 +1,4 @@
-"""The user's picture around an edit: its centre square, pasting into it, blending.
+"""The user's picture around an edit: its centre crop, pasting into it, blending.
 
 Pixels are uint8 `[H, W, 3]`, areas bool `[H, W]`.
 """
@@ -14,7 +14,9 @@ _MARGIN = 6  # beyond the border, for blending
 
 
 def crop_area(area: Bool[np.ndarray, "H W"], size: int) -> Bool[np.ndarray, "S S"]:
-    """Returns an area under ADM's centre crop to `size` x `size`, as the picture is cropped."""
+    """Returns an area cropped to `size` x `size` in the same way as its picture (ADM's centre
+    crop).
+    """
     mask = Image.fromarray(area.astype(np.uint8) * 255).convert("RGB")
     return center_crop(mask, size)[..., 0] >= 128
 
@@ -26,7 +28,7 @@ def reduced_view(picture: Image.Image, size: int, rate: int) -> UInt8[np.ndarray
 
 
 def crop_square(picture: Image.Image, size: int) -> tuple[int, int, int]:
-    """Returns left, top and side, in the picture's pixels, of what ADM's centre crop shows."""
+    """Returns left, top and side of ADM's centre crop, in pixels of the picture."""
     reduced, side = resize_shorter(picture, size), min(picture.size)
     places = [
         min(round((small - size) // 2 * whole / small), whole - side)
@@ -38,7 +40,7 @@ def crop_square(picture: Image.Image, size: int) -> tuple[int, int, int]:
 def paste_crop(
     picture: Image.Image, square: tuple[int, int, int], view: UInt8[np.ndarray, "S S 3"]
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Returns the picture with a view in place of its square (left, top, side)."""
+    """Returns the picture with its square (left, top, side) replaced by a view."""
     left, top, side = square
     whole = picture.copy()
     scaled = Image.fromarray(view).resize((side, side), Image.Resampling.BICUBIC)
@@ -47,7 +49,7 @@ def paste_crop(
 
 
 def require_opencv():
-    """Returns the module cv2; raises UserError that says how to get it."""
+    """Returns the module cv2; raises UserError that says how to install it."""
     try:
         import cv2
     except ImportError:
@@ -62,13 +64,13 @@ def blend(
     patch: UInt8[np.ndarray, "H W 3"],
     area: Bool[np.ndarray, "H W"],
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Returns `base` with the detail of `patch` in the area, colours meeting at its edge.
+    """Returns `base` with the detail of `patch` in the area, with matching colours at its edge.
 
     Poisson blending (Pérez et al. 2003) by OpenCV's `seamlessClone`. Areas less than 3 pixels wide
-    or high have no inside, and change nothing.
+    or high have no interior and change nothing.
     """
     cv2 = require_opencv()
-    # OpenCV holds the edge of the area at `base`, and ignores an area at the picture's border.
+    # OpenCV fixes the edge of the area to `base`, and ignores an area at the picture's border.
     # Where the area reaches the border the patch goes on beyond it, so that it is free there.
     mask = np.pad(np.pad(area, _MARGIN - 1, mode="edge"), 1).astype(np.uint8) * 255
     rows, columns = np.nonzero(mask)

@@ -1,4 +1,4 @@
-"""Several images on one sheet: grids, captions, planes of bits. All are uint8 `[H, W, 3]`."""
+"""Grids of images, captions and bit planes; all pictures are uint8 `[H, W, 3]`."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from bitgen.errors import UserError
 
 
 def grid(images: UInt8[np.ndarray, "n H W 3"], columns: int) -> UInt8[np.ndarray, "gH gW 3"]:
-    """Images in rows of `columns`, in order; places left over are black."""
+    """Returns images in rows of `columns`, in order; unused cells are black."""
     images = np.asarray(images)
     if columns < 1 or images.ndim != 4:
         raise UserError(
@@ -28,7 +28,7 @@ def grid(images: UInt8[np.ndarray, "n H W 3"], columns: int) -> UInt8[np.ndarray
 def paired_grid(
     above: UInt8[np.ndarray, "n H W 3"], below: UInt8[np.ndarray, "n H W 3"], columns: int
 ) -> UInt8[np.ndarray, "gH gW 3"]:
-    """Rows of `columns` images, each above the row of what belongs to them; full rows only."""
+    """Returns rows of `columns` images, each above the row of their counterparts."""
     columns = min(columns, len(above))
     starts = range(0, len(above) // columns * columns, columns)
     rows = [part[start : start + columns] for start in starts for part in (above, below)]
@@ -70,7 +70,7 @@ _PLANES = 8  # in a row
 def captioned_grid(
     images: UInt8[np.ndarray, "n S S 3"], captions: Sequence[str], columns: int
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Returns images in rows of `columns`, each below its caption, which is cut if it is long."""
+    """Returns images in rows of `columns`, each below its caption; long captions are cut."""
     if columns < 1 or len(images) != len(captions) or not len(images):
         raise UserError(
             f"a captioned grid takes a caption an image and a column at least, got {len(images)} "
@@ -84,10 +84,9 @@ def captioned_grid(
 def bit_planes(
     bits: Bool[np.ndarray, "h w k"], image: UInt8[np.ndarray, "S S 3"] | None = None
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Returns the planes of a code, a bit of every token each, white where it is set.
+    """Returns the planes of a code, one for each bit of a token, white where it is set.
 
-    `image`, what the code stands for, comes before them. Of a tokenizer of several scales, give
-    the bits of one.
+    `image`, the image of the code, comes first. Give the bits of one scale.
     """
     bits = np.asarray(bits)
     if bits.ndim != 3 or bits.dtype != bool:
@@ -103,7 +102,7 @@ def bit_planes(
 
 
 def _cut(text: str, width: int) -> str:
-    """-> the text without what goes beyond a width in the font of `sheet`."""
+    """Returns the text, cut to a width in the font of `sheet`."""
     font = ImageFont.load_default(size=13)
     if font.getlength(text) <= width:
         return text

@@ -1,4 +1,4 @@
-"""Pictures and masks as a user gives them: files, PIL images, arrays; and as they go back."""
+"""Pictures and masks that a user gives: files, PIL images and arrays; and images given back."""
 
 import io
 from pathlib import Path
@@ -15,14 +15,16 @@ from bitgen.images.pixels import from_uint8, to_uint8
 
 
 def read_picture(path: str) -> Image.Image:
-    """Returns a picture file as RGB, upright, its transparency on white; UserError if it cannot."""
+    """Returns a picture file as upright RGB with transparency on white; raises UserError if it
+    cannot.
+    """
     return _upright(_decode(path, _read(path, "picture")))
 
 
 def read_area(path: str, picture: Image.Image) -> Bool[np.ndarray, "H W"]:
-    """Returns where a mask file is white; of a partly transparent one, where it is painted.
+    """Returns where a mask file is white or, in a partly transparent file, where it is painted.
 
-    Raises UserError if it cannot be read, or has another size than the picture.
+    Raises UserError if it cannot be read, or its size differs from the picture's.
     """
     data = _read(path, "mask")
     mask = _decode(path, data).convert("L")
@@ -40,7 +42,7 @@ def read_area(path: str, picture: Image.Image) -> Bool[np.ndarray, "H W"]:
 
 
 def box_area(text: str, picture: Image.Image) -> Bool[np.ndarray, "H W"]:
-    """Returns the inside of 'x0,y0,x1,y1' in the picture's pixels, x1 and y1 left out.
+    """Returns the inside of 'x0,y0,x1,y1' in pixels of the picture; x1 and y1 are exclusive.
 
     Raises UserError unless the box is inside the picture and not empty.
     """
@@ -75,7 +77,7 @@ def _decode(path: str, data: bytes) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turned as the camera says in the file."""
+    """Returns the picture rotated as its EXIF data says."""
     return ImageOps.exif_transpose(image)
 
 
@@ -98,9 +100,10 @@ def as_picture(image: Any) -> Image.Image:
 
 
 def read_image(image: Any, size: int) -> np.ndarray:
-    """Returns one picture as a model of `size` pixels sees it: uint8, or float32 as it was given.
+    """Returns one picture at the model's `size`: uint8, or float32 if it was given as float.
 
-    Raises UserError for a float image of another size or range, and what is no picture.
+    Raises UserError for a float image of another size or range, and for anything that is no
+    picture.
     """
     if isinstance(image, np.ndarray) and image.dtype.kind == "f":
         if image.shape != (size, size, 3):
@@ -114,10 +117,10 @@ def read_image(image: Any, size: int) -> np.ndarray:
 
 
 def read_mask(mask: Any, picture: Image.Image, grid: tuple[int, int]) -> Bool[np.ndarray, "H W"]:
-    """Returns a mask in the size of the picture, or of the grid of tokens, as it was given.
+    """Returns a mask in the size of the picture or of the grid of tokens, whichever it has.
 
-    A file, a PIL image (white: marked), or bool or uint8 [H, W]. Raises UserError for another size,
-    and if nothing, or all of the grid, is marked.
+    Masks are files or PIL images (white: marked), or bool or uint8 [H, W]. Raises UserError for
+    another size, and if nothing, or all of the grid, is marked.
     """
     if isinstance(mask, str | Path):
         area = read_area(str(mask), picture)
@@ -146,7 +149,7 @@ def _check_range(image: np.ndarray) -> None:
 
 
 def several(images: Any) -> list[Any]:
-    """Returns the pictures that are given one by one: in a list, an array [b, H, W, 3], or one."""
+    """Returns a list of the pictures in a list, an array [b, H, W, 3], or a single picture."""
     if isinstance(images, list | tuple):
         return [one for part in images for one in several(part)]
     if isinstance(images, str | Path | Image.Image):

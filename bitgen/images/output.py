@@ -1,4 +1,4 @@
-"""Where images go: a PNG file, a grid, a folder of PNG files, or an npz file in ADM's format.
+"""Output of images: a PNG file, a grid, a folder of PNG files, or an npz file in ADM's format.
 
 All files appear complete or not at all.
 """
@@ -26,9 +26,9 @@ _GRID_LIMIT = 10_000
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, which it replaces if the block succeeds.
+    """Yields a temporary path beside `path`, and renames it to `path` if the block succeeds.
 
-    Missing folders are made.
+    Creates missing folders.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,10 +75,10 @@ def make_output(
     settings: dict[str, Any],
     captions: Sequence[str] = (),
 ) -> Output:
-    """Returns the output that `path` asks for: NAME.png a grid, NAME.npz, or NAME/ a folder.
+    """Returns the output for `path`: NAME.png is a grid, NAME.npz a file, and NAME a folder.
 
-    An npz or a folder resumes where an earlier run stopped. `settings` say what makes the images:
-    UserError if the earlier run had other settings. `captions` of the images are for a grid.
+    An npz or a folder resumes an earlier run. `settings` describe what makes the images; UserError
+    if the earlier run had other settings. `captions` are for a grid.
     """
     if path.suffix == ".png":
         return _Grid(path, len(labels), columns, captions)
@@ -137,7 +137,7 @@ class _Folder:
 
 
 class _Npz:
-    """`arr_0` images and `arr_1` labels, uncompressed, gathered in chunks under NAME.npz.part."""
+    """`arr_0` images and `arr_1` labels, not compressed; chunks are in NAME.npz.part."""
 
     def __init__(self, path: Path, labels: np.ndarray, settings: dict[str, Any]):
         self.path, self.labels = path, labels

@@ -1,4 +1,4 @@
-"""Plots by matplotlib as uint8 `[H, W, 3]`: training curves, metrics, how often bits are set."""
+"""Plots by matplotlib as uint8 `[H, W, 3]`: training curves, metrics, and use of the bits."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from jaxtyping import Float, UInt8
 from bitgen.errors import UserError
 
 _DPI = 100
-# What metrics.jsonl holds about the run's speed, not about what was learned.
+# The metrics of speed in metrics.jsonl.
 _SPEED = ("step", "data_wait", "images_per_second", "mfu")
 
 Points = Sequence[tuple[float, float]]
@@ -21,7 +21,7 @@ Points = Sequence[tuple[float, float]]
 def plot_points(
     points: Points, x_name: str, y_name: str, labels: Sequence[str] = ()
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Returns a plot of points joined in order, each with its label if there are labels."""
+    """Returns a plot of points joined in order, with labels if there are any."""
     figure, (axes,) = _figure(1)
     axes.plot(*np.transpose(points), marker="o")
     for (x, y), label in zip(points, labels, strict=bool(labels)):
@@ -45,7 +45,7 @@ def plot_curves(
 def plot_bits(
     ones: Float[np.ndarray, "s k"], entropy: Float[np.ndarray, "s k"], names: Sequence[str] = ()
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Returns bars of how often each bit is set and of its entropy in bits, a row a scale."""
+    """Returns bars of how often each bit is set and of its entropy in bits, one row per scale."""
     figure, panels = _figure(2 * len(ones), columns=2, height=2.2)
     for i, (share, information) in enumerate(zip(ones, entropy, strict=True)):
         scale = f", {names[i]}" if names else ""
@@ -64,9 +64,9 @@ def training_curves(
     """Returns a plot of each metric of `metrics.jsonl` over steps.
 
     Args:
-      metrics: the file, or the workdir that it is in.
-      names: of the metrics; all but those of speed by default.
-      columns: of the page.
+      metrics: the file, or its workdir.
+      names: metrics to plot; by default all except those of speed.
+      columns: plots per row.
 
     Raises UserError if the file cannot be read or has none of the metrics.
     """
@@ -79,7 +79,7 @@ def training_curves(
             raise UserError(f"{path} has no metric {name!r}, have {sorted(found)}")
     curves = {}
     for name in names or found:
-        # A run that was resumed may have written a step twice: the last one counts.
+        # A resumed run may have written a step twice; the last one counts.
         values = {row["step"]: row[name] for row in rows if isinstance(row.get(name), int | float)}
         if values:
             curves[name] = sorted(values.items())
@@ -105,7 +105,7 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _figure(panels: int, columns: int = 1, height: float = 4.2) -> tuple[Any, list[Any]]:
-    """-> a figure without pyplot's global state, and its axes."""
+    """Returns a figure without pyplot's global state, and its axes."""
     from matplotlib.figure import Figure  # takes half a second to import
 
     rows = -(-panels // columns)

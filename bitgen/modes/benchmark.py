@@ -1,7 +1,7 @@
-"""Mode `benchmark`: how fast a config is, what it takes, and how near that is to the device.
+"""Mode `benchmark`: speed and memory of a config, compared with the device's peaks.
 
-Nothing is read or downloaded but model.json of directories: weights are random, which changes no
-time, and models of the zoo are made by their sizes.
+Nothing is downloaded or read except model.json files: weights are random, which does not change the
+times, and released models are built from their sizes.
 """
 
 import functools
@@ -49,10 +49,10 @@ Rows = list[dict[str, Any]]
 
 
 def run(config: Any, workdir: Path) -> None:
-    """Writes `workdir/benchmark.json` and prints a table of it.
+    """Writes `workdir/benchmark.json` and prints it as a table.
 
-    `config.benchmark.kind` says what is measured. Raises UserError for what cannot be, such as
-    training where the config has no model.
+    `config.benchmark.kind` chooses what is measured. Raises UserError for what cannot be measured,
+    such as training with a config without a model.
     """
     check_single("benchmark")
     asked = str(config.benchmark.kind).replace(" ", "").split(",")
@@ -73,7 +73,7 @@ def run(config: Any, workdir: Path) -> None:
         except _NotHere as e:
             if not every:
                 raise UserError(f"config.benchmark.kind={name}: {e}") from None
-            log_info(f"{name} left out: {e}")
+            log_info(f"skipped {name}: {e}")
             continue
         report["results"][name] = found
     report["peak_bytes"] = peak_memory()  # of the process, where the device counts them
@@ -81,7 +81,7 @@ def run(config: Any, workdir: Path) -> None:
 
 
 class _NotHere(Exception):
-    """What a config lacks for a kind of measurement."""
+    """Raised when the config lacks something that a kind of measurement needs."""
 
 
 def _finish(workdir: Path, report: dict[str, Any]) -> None:
@@ -96,7 +96,7 @@ def _finish(workdir: Path, report: dict[str, Any]) -> None:
 
 # ---------------------------------------------------------------------- memory
 def _memory(config: Any) -> dict[str, Any]:
-    """By shapes, for devices that need not be here."""
+    """Estimates memory from shapes, for devices that need not be present."""
     if not config.train.task:
         raise _NotHere("the config trains nothing")
     settings = config.benchmark
@@ -109,7 +109,7 @@ def _memory(config: Any) -> dict[str, Any]:
     found: dict[str, Any] = {"device": name, "devices": count, "bytes": parts}
     log_info(f"memory, by shapes: {memory_estimate.format_parts(parts)}")
     if limit is None:
-        log_info(f"nothing is known of the memory of {name}: set config.benchmark.device")
+        log_info(f"the memory of {name} is not known: set config.benchmark.device")
         return found
     found |= {"memory": limit, "fits": memory_estimate.fits(parts, limit)}
     what = f"{count} x {name} with {limit / devices.GIB:.0f} GiB"
@@ -155,9 +155,9 @@ def _train(config: Any) -> dict[str, Any]:
 
 
 def traced_step(config: Any, mesh: Any) -> tuple[Any, tuple[Any, Any, Any]]:
-    """Returns the traced training step and the shapes of state, frozen models and batch, placed.
+    """Returns the traced training step, and the placed shapes of state, frozen models and batch.
 
-    The step is the last of the training, where a discriminator takes part.
+    It is the last step of the training, in which a discriminator takes part.
     """
     check_batch(config.train.batch_size, config.train.accumulate, mesh)
     task = memory_estimate.shapes_task(config)
@@ -182,9 +182,9 @@ def _placed(shapes: Any, shardings: Any) -> Any:
 
 
 def model_flops(config: Any, mesh: Any) -> float:
-    """Returns the operations of a step without what is computed again for gradients.
+    """Returns the operations of a step without those recomputed for gradients.
 
-    0 stands for all of the program's own.
+    0 stands for all operations of the program.
     """
     generator = config.train.task == "generator"
     if not generator and not config.model.get("remat", False):
@@ -239,7 +239,7 @@ def _tokenizer(config: Any) -> dict[str, Any]:
 
 
 def module_of(config: Any, kind: str) -> Any:
-    """Returns the module that samples or encodes, of the config's model or its directory."""
+    """Returns the module that samples or encodes, from the config's model or its directory."""
     dtype = choose("dtype", config.sample.dtype, build.DTYPES)
     if config.train.task == kind and not config[kind]:
         return build.module_from_config(kind, config.model)[0].clone(dtype=dtype)
@@ -257,7 +257,7 @@ def _dtype_of(module: Any) -> str:
 
 # --------------------------------------------------------------------- sampling
 def _sample(config: Any) -> dict[str, Any]:
-    """One image on one device, and batches on all."""
+    """Measures one image on one device, and batches on all devices."""
     batches = _batches(str(config.benchmark.batches)) or [1, config.sample.batch_size]
     rows = []
     for batch in batches:
@@ -284,7 +284,9 @@ def _batches(text: str) -> list[int]:
 
 
 def traced_sampler(config: Any, mesh: Any, size: int) -> tuple[Any, Any, tuple[Any, Any]]:
-    """Returns the generator, the traced program from labels to images, and its models' shapes."""
+    """Returns the generator, the traced program from labels to images, and the shapes of its
+    models.
+    """
     if config.train.task == "tokenizer":
         raise _NotHere("the config has no generator")
     generator, tokenizer = module_of(config, "generator"), module_of(config, "tokenizer")
@@ -308,7 +310,7 @@ def traced_sampler(config: Any, mesh: Any, size: int) -> tuple[Any, Any, tuple[A
 
 # ---------------------------------------------------------------------- compile
 def _compile(config: Any) -> dict[str, Any]:
-    """Ahead of time, for devices that need not be here."""
+    """Compiles ahead of time, for devices that need not be present."""
     mesh = make_mesh(**config.mesh, devices=compile_report.devices(config.benchmark.topology))
     programs: dict[str, Callable[[], Any]] = {}
     if config.train.task:

@@ -1,4 +1,4 @@
-"""Mode `edit`: BiGR's zero-shot applications on the user's own picture (`samplers.edits`)."""
+"""Mode `edit`: BiGR's zero-shot edits of the user's own picture (`samplers.edits`)."""
 
 import dataclasses
 import json
@@ -35,8 +35,8 @@ def run(config: Any, workdir: Path) -> None:
     """Writes `edit_00.png` and so on, `edit.png` with all of them, and `edit.json`.
 
     With `config.edit.blend` also `blended_00.png` and so on, in the size of the user's picture. The
-    generator is `config.generator`, or the one that was trained in the workdir. Raises UserError
-    for settings that do not go together, files that cannot be read, an area that marks no token or
+    generator is `config.generator`, or the one trained in the workdir. Raises UserError for
+    settings that contradict each other, files that cannot be read, an area that marks no token or
     all of them, labels out of range, and models that cannot edit.
     """
     # ------------------------------------------------- settings, checked before models are loaded
@@ -76,10 +76,9 @@ def run(config: Any, workdir: Path) -> None:
 def blend_view(
     kind: str, source: EditInput, view: UInt8[np.ndarray, "S S 3"]
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Returns the user's whole picture with what was drawn blended into it.
+    """Returns the user's whole picture with the drawn area blended into it.
 
-    As in BiGR's script the drawn area is blended into the original or, when outpainting, the kept
-    area into what was drawn.
+    As in BiGR's script, outpainting blends the kept area into the drawn picture instead.
     """
     assert source.picture is not None
     assert source.area is not None
@@ -98,7 +97,7 @@ def write(
     blended: list[UInt8[np.ndarray, "H W 3"]],
     report: dict[str, Any],
 ) -> None:
-    """Writes all files in place of an earlier edit's; `edit.json` is the last."""
+    """Writes all files, replacing those of an earlier edit; `edit.json` is written last."""
     (workdir / "edit.json").unlink(missing_ok=True)
     for pattern in ("edit_[0-9]*.png", "blended_[0-9]*.png"):
         for old in workdir.glob(pattern):

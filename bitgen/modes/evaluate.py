@@ -1,4 +1,4 @@
-"""Mode `evaluate`: metrics of generated images, of reconstructions, or of representations."""
+"""Mode `evaluate`: metrics of generated images, reconstructions, or representations."""
 
 import json
 import os
@@ -30,9 +30,9 @@ Rows = list[dict[str, Any]]
 
 
 def run(config: Any, workdir: Path) -> None:
-    """Writes `workdir/evaluation.json` and prints a table of it.
+    """Writes `workdir/evaluation.json` and prints it as a table.
 
-    `config.evaluate.kind` says what is measured; `configs/evaluate.py` has the commands. Raises
+    `config.evaluate.kind` chooses what is measured; `configs/evaluate.py` has the commands. Raises
     UserError for files that are missing or do not fit.
     """
     kind = choose("kind of evaluation", config.evaluate.kind, KINDS)
@@ -54,7 +54,7 @@ def _finish(workdir: Path, kind: str, report: dict[str, Any]) -> None:
 
 
 def _generation(config: Any, workdir: Path, watch: Watchdog) -> None:
-    """Images of a file or folder, or of a generator at one or more scales of guidance."""
+    """Measures images of a file or folder, or of a generator at one or more scales of guidance."""
     settings, mesh = config.evaluate, make_mesh(**config.mesh)
     scales = _numbers(settings.scales)
     if settings.samples and scales:
@@ -113,7 +113,7 @@ def _generation(config: Any, workdir: Path, watch: Watchdog) -> None:
 
 
 def _reconstruction(config: Any, workdir: Path, watch: Watchdog) -> None:
-    """A tokenizer on a split of the data."""
+    """Measures a tokenizer on a split of the data."""
     settings, mesh = config.evaluate, make_mesh(**config.mesh)
     path = config.tokenizer or workdir / "model"
     tokenizer = model_directory.load(path, "tokenizer", replicated(mesh))
@@ -132,7 +132,7 @@ def _reconstruction(config: Any, workdir: Path, watch: Watchdog) -> None:
 
 
 def _comparison(config: Any, workdir: Path, watch: Watchdog) -> None:
-    """Several tokenizers on the same images: table, page, and curves of those trained here."""
+    """Compares tokenizers on the same images: table, page, and curves of those trained here."""
     settings, mesh = config.evaluate, make_mesh(**config.mesh)
     paths = comparison.parse_tokenizers(settings.tokenizers)
     metrics = make_metrics(settings, mesh)
@@ -166,7 +166,7 @@ def _comparison(config: Any, workdir: Path, watch: Watchdog) -> None:
 
 
 def _probe(config: Any, workdir: Path, watch: Watchdog) -> None:
-    """A linear probe of each layer of a generator, trained on one split, tested on the other."""
+    """Fits a linear probe to each layer of a generator on one split, and tests it on the other."""
     settings, mesh = config.evaluate, make_mesh(**config.mesh)
     everywhere, packed = replicated(mesh), config.data.source == "bits"
     path = config.generator or workdir / "model"

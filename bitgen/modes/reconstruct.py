@@ -1,4 +1,4 @@
-"""Mode `reconstruct`: images through a tokenizer and back, with the errors."""
+"""Mode `reconstruct`: images through a tokenizer and back, and the errors."""
 
 import json
 from pathlib import Path
@@ -26,11 +26,10 @@ _WORDS |= {"bits_dead": "{:.0f} dead", "bits_entropy": "{:.3f} bits of entropy e
 def run(config: Any, workdir: Path) -> None:
     """Writes `reconstructions.png` (images above reconstructions) and `reconstructions.json`.
 
-    Of a tokenizer with bits also `bits.png`, how often each bit of each scale is set and its
-    entropy, and `bit_planes.png`, those of the first image at its finest scale. The tokenizer is
-    `config.tokenizer`, or the one that was trained in the workdir. rFID and LPIPS are measured
-    where `config.reconstruct` has a protocol and weights for them. Raises UserError for files that
-    are missing.
+    For a tokenizer with bits also `bits.png` (how often each bit of each scale is set, and its
+    entropy) and `bit_planes.png` (those of the first image at its finest scale). The tokenizer is
+    `config.tokenizer`, or the one trained in the workdir. rFID and LPIPS are measured if
+    `config.reconstruct` has a protocol and weights for them. Raises UserError for missing files.
     """
     settings, mesh = config.reconstruct, make_mesh(**config.mesh)
     check_mesh(mesh)

@@ -1,4 +1,4 @@
-"""Mode `sample`: labels and a seed to images, any number of them."""
+"""Mode `sample`: any number of images from labels and a seed."""
 
 import hashlib
 from pathlib import Path
@@ -24,11 +24,11 @@ _ANIMATED = 16  # images
 def run(config: Any, workdir: Path) -> None:
     """Writes `config.sample.output` below the workdir; a folder or npz resumes where it stopped.
 
-    The generator is `config.generator`, or the one that was trained in the workdir. An image
-    depends on its index, label, seed and sampler settings, not on batch size or devices. Raises
-    UserError for a label out of range, or a generator and tokenizer that do not fit.
+    The generator is `config.generator`, or the one trained in the workdir. An image depends on its
+    index, label, seed and sampler settings, not on batch size or devices. Raises UserError for a
+    label out of range, or a generator and tokenizer that do not fit.
     """
-    # One lock per output: two runs may draw into one workdir.
+    # One lock per output: two runs may write into one workdir.
     name = f"sample-{Path(config.sample.output).name}"
     with guard(workdir, name, config.train.stuck_after) as watch:
         _run(config, workdir, watch)
@@ -92,6 +92,6 @@ def _run(config: Any, workdir: Path, watch: Watchdog) -> None:
 
 
 def _columns(settings: Any, count: int) -> int:
-    """-> those of the config, or one for each image of a label, or as many as make a square."""
+    """Returns the config's columns, or one for each image of a label, or those of a square."""
     columns = settings.columns or settings.per_label
     return columns if columns > 1 else int(np.ceil(np.sqrt(count)))

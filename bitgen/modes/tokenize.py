@@ -1,4 +1,4 @@
-"""Mode `tokenize`: a dataset to packed bits on disk, once, so that generators train on bits."""
+"""Mode `tokenize`: stores a dataset as packed bits, so that generators train on the bits."""
 
 from pathlib import Path
 from typing import Any

@@ -131,7 +131,7 @@ def _run(config: Any, workdir: Path, watch: Watchdog, stack: contextlib.ExitStac
 
 
 def _compile(program: Any, arguments: tuple, step: int, watch: Watchdog) -> tuple[Any, int]:
-    """-> the compiled training step, and its operations, on all processes at the same time."""
+    """Compiles the training step on all processes, and returns it with its operations."""
     started = time.monotonic()
     watch.report("compiling the training step", slow=True)
     traced = program.trace(*arguments)

@@ -1,4 +1,4 @@
-"""Compiling for devices that are not here, which says whether a program fits them."""
+"""Compiles for devices that are not present, and reports whether a program fits them."""
 
 import collections
 import dataclasses
@@ -17,8 +17,8 @@ from bitgen.profiling.roofline import compiled_bytes
 from bitgen.runtime.devices import GIB, by_kind, by_name
 from bitgen.runtime.logging import log_info
 
-# What the compiler asks about GPUs besides memory and bandwidth, from the makers' pages: compute
-# capability, multiprocessors, 32-bit lanes of one, KiB of its shared memory, MiB of cache, GHz.
+# Further properties of GPUs that the compiler needs, from the makers' pages: compute capability,
+# multiprocessors, 32-bit lanes per multiprocessor, KiB of its shared memory, MiB of cache, GHz.
 _GPUS = {
     "A100 80GB": (8, 108, 64, 164, 40, 1.41),
     "H100": (9, 132, 128, 228, 50, 1.98),
@@ -31,9 +31,9 @@ _COLLECTIVES = re.compile(
 
 
 def devices(topology: str) -> list[Any]:
-    """Returns the devices of a topology: v5e:2x4 (TPUs), h100:8, cpu:8, or '' for those here.
+    """Returns the devices of a topology: v5e:2x4 (TPUs), h100:8, cpu:8, or '' for those present.
 
-    Raises UserError if jax knows no such topology or lacks what compiles for it.
+    Raises UserError if jax knows no such topology or lacks its compiler.
     """
     if not topology:
         return jax.devices()
@@ -103,14 +103,14 @@ def _gpus(topology: str, name: str, count: int) -> list[Any]:
 
 
 def compile_report_row(what: str, traced: Any, mesh: Any) -> dict[str, Any]:
-    """Returns what the compiler says of a traced program: whether it fits, memory, collectives.
+    """Returns what the compiler tells of a traced program: whether it fits, memory, collectives.
 
-    And, on each device, the kernels that it starts, the GB that products and other kernels move,
-    and the time that the maker's peaks leave it at least.
+    And, per device, the kernels that it starts, the GB that products and other kernels move, and
+    the roofline's time at the maker's peaks.
     """
     device = mesh.devices.flat[0]
     known = by_kind(device.device_kind)
-    # The compiler picks these kernels by trying them, and may find none where it cannot.
+    # The compiler picks these kernels by trying them, which it cannot do without the device.
     absent = device.platform == "gpu" and device not in jax.devices()
     options = {"xla_gpu_enable_triton_gemm": False} if absent else {}
     row: dict[str, Any] = {"what": what, "on": f"{mesh.size} x {device.device_kind}"}
@@ -162,7 +162,7 @@ _PRODUCTS = {"dot", "convolution", "custom-call"}
 
 @dataclasses.dataclass(frozen=True)
 class KernelStats:
-    """What a program does on one device; loops as often as they run, if that is known."""
+    """What a program does on one device; loops count as often as they run, if that is known."""
 
     kernels: int = 0
     products: int = 0  # bytes of matrix products, convolutions and library calls
@@ -189,13 +189,13 @@ class _Instruction:
     text: str
 
     def called(self, word: str) -> str:
-        """The computation that it calls by a word."""
+        """Returns the computation that the attribute `word` names."""
         found = re.search(rf"\b{word}=%?([\w.\-]+)", self.text)
         return found.group(1) if found else ""
 
 
 def kernel_stats(text: str) -> KernelStats:
-    """Returns the traffic of a compiled program, given as `compiled.as_text()`."""
+    """Returns the kernels and bytes of a compiled program, given as `compiled.as_text()`."""
     computations, entry = _parse(text)
     return _of_computation(entry, computations)
 
@@ -216,7 +216,7 @@ def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
 
 
 def _in_brackets(rest: str) -> str:
-    """What comes before the bracket that closes."""
+    """Returns the text before the closing bracket."""
     depth = 1
     for i, letter in enumerate(rest):
         depth += (letter == "(") - (letter == ")")
@@ -245,7 +245,7 @@ def _of_computation(name: str, computations: dict[str, list[_Instruction]]) -> K
             if inner:
                 moved = _of_fusion(inner)
             else:
-                # What a library works in is no traffic.
+                # The workspace of a library call is no traffic.
                 made = _WORKSPACE.sub("", one.shape) if one.op == "custom-call" else one.shape
                 moved = sum(map(_bytes, (made, *(shapes.get(x, "") for x in one.operands))))
             product = one.op in _PRODUCTS or any(x.op in _PRODUCTS for x in inner)
@@ -254,7 +254,9 @@ def _of_computation(name: str, computations: dict[str, list[_Instruction]]) -> K
 
 
 def _of_fusion(inner: list[_Instruction]) -> int:
-    """Bytes of a fused kernel, which reads only a slice of what it slices and writes in place."""
+    """Returns the bytes of a fused kernel, which reads only slices that it takes, and writes in
+    place.
+    """
     by_name, users = {one.name: one for one in inner}, collections.defaultdict(list)
     for one in inner:
         for place, operand in enumerate(one.operands):

@@ -1,4 +1,4 @@
-"""Floating-point operations and bytes of a traced program, counted where the time goes."""
+"""Floating-point operations and bytes of a traced program."""
 
 import math
 from collections.abc import Callable
@@ -12,18 +12,18 @@ _FUSED_ATTENTION = "dot_product_attention"  # cuDNN's, in jax's words
 def count_flops(jaxpr: Any) -> int:
     """Returns the operations of all matrix products and convolutions of a jaxpr.
 
-    Fused attention counts as the two products that it is, and its gradient as their four.
-    A loop counts as often as it runs, which the compiler's own count does not; the larger branch
-    of a condition counts, and a loop of unknown length counts once. What `shard_map` maps counts on
-    every device.
+    Fused attention counts as two products, its gradient as four. Loops count as often as they run,
+    unlike in the compiler's own count; a loop of unknown length counts once, and of a condition the
+    larger branch. What `shard_map` maps counts on every device.
     """
     return _count(jaxpr, _flops_of_equation)
 
 
 def count_bytes(jaxpr: Any) -> int:
-    """Returns the bytes that matrix products and convolutions read and write, counted alike.
+    """Returns the bytes that matrix products and convolutions read and write, counted in the same
+    way.
 
-    Elementwise work is taken as part of them, as a compiler would have it.
+    Elementwise work is assumed to be fused into them.
     """
     return _count(jaxpr, _bytes_of_equation)
 
@@ -64,7 +64,7 @@ def _flops_of_equation(equation: Any) -> int:
     kernel = equation.invars[1].aval.shape
     features = kernel[params["dimension_numbers"].rhs_spec[0]]
     positions = math.prod(equation.outvars[0].aval.shape) // features
-    # A gradient is written with a dilated input, whose added zeros cost nothing.
+    # Gradients have a dilated input, whose zeros cost nothing.
     zeros = math.prod(params["lhs_dilation"])
     return 2 * positions * math.prod(kernel) // zeros
 

@@ -1,8 +1,8 @@
-"""What training takes on each device, from shapes alone, before anything is allocated.
+"""Estimates the memory of a training on each device, from shapes alone.
 
-What lies there all the time is exact. Gradients and activations are estimated: for BiGR-L, BiGR-XXL
-and BitDance-B on 8 TPU v5e, with remat and without, totals were from 13 % below to 26 % above the
-peak by the compiler. A tenth of the memory is kept free for that, and mode benchmark's kind
+The train state is exact. Gradients and activations are estimated: for BiGR-L, BiGR-XXL and
+BitDance-B on 8 TPU v5e, with and without remat, totals were from 13 % below to 26 % above the peak
+that the compiler reports. A tenth of the memory is therefore kept free. Mode benchmark's kind
 `compile` asks the compiler itself.
 """
 
@@ -27,7 +27,7 @@ FREE = 0.1  # of a device's memory, for what an estimate does not see
 
 
 def shapes_task(config: Any) -> Any:
-    """Returns the task of a config for shapes alone; reads model.json at most.
+    """Returns the task of a config for shapes only; reads at most model.json.
 
     Raises UserError for settings that do not fit each other.
     """
@@ -37,7 +37,7 @@ def shapes_task(config: Any) -> Any:
 
 
 def resident(task: Any, mesh: Any) -> Parts:
-    """Returns what lies on each device through the whole training: of shapes, exactly."""
+    """Returns the bytes that each device holds during the whole training, exactly."""
     shapes = jax.eval_shape(task.init, jax.random.key(0))
     places = tree_shardings(shapes, RULES[task.config.model.family], mesh)
     frozen, batch = task.frozen_shapes(), task.batch_shapes()
@@ -61,12 +61,12 @@ def resident(task: Any, mesh: Any) -> Parts:
 
 
 def working(task: Any, mesh: Any) -> int:
-    """Returns an estimate of what a step takes beyond that: gradients and activations."""
+    """Returns an estimate of what a step needs in addition: gradients and activations."""
     shapes, shards = jax.eval_shape(task.init, jax.random.key(0)), shards_of_batch(mesh)
     stage = task.stage(task.config.train.steps)
 
     rows = task.config.train.batch_size // shards
-    # Of one row, a program may be another one, without axes of length one.
+    # With one row, JAX may drop axes of length one and give another program.
     more = 2 if rows == task.config.train.accumulate else 1
 
     def traced(times: int):
@@ -88,9 +88,10 @@ def working(task: Any, mesh: Any) -> int:
 
 
 def _gathered(task: Any, params: Any, mesh: Any) -> int:
-    """Of split parameters, what a device has whole for a moment: two layers where they are alike.
+    """Returns the bytes of sharded parameters that a device holds gathered for a moment.
 
-    The others may be there all at once, as compilers fetch them early.
+    For equal layers these are two of them. The others may all be there at once, because compilers
+    fetch them early.
     """
     if mesh.shape["fsdp"] == 1:
         return 0
@@ -103,26 +104,28 @@ def _gathered(task: Any, params: Any, mesh: Any) -> int:
 
 
 def estimate(config: Any, count: int) -> Parts:
-    """Returns the parts of training a config on `count` devices that need not be there."""
+    """Returns the parts of the memory for training a config on `count` devices, which need not be
+    present.
+    """
     task, mesh = shapes_task(config), abstract_mesh(count, **config.mesh)
     check_batch(config.train.batch_size, config.train.accumulate, mesh)
     return {**resident(task, mesh), "step": working(task, mesh)}
 
 
 def format_parts(parts: Parts) -> str:
-    """Returns the parts in one line."""
+    """Returns the parts as one line."""
     each = ", ".join(f"{name} {size / GIB:.3g}" for name, size in parts.items())
     return f"{each}: {sum(parts.values()) / GIB:.3g} GiB a device"
 
 
 def fits(parts: Parts, memory: int) -> bool:
-    """Returns whether training is expected to fit with some memory left free."""
+    """Returns whether training is expected to fit, with some memory left free."""
     return sum(parts.values()) <= (1 - FREE) * memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Advice:
-    """Settings that make a config fit."""
+    """Settings with which a config fits."""
 
     changes: tuple[str, ...]  # --config.KEY=VALUE
     devices: int
@@ -132,8 +135,8 @@ class Advice:
 def advise(config: Any, count: int, memory: int) -> Advice | None:
     """Returns the first settings, of those that do not change results, that are expected to fit.
 
-    In this order: all devices share the state, layers are computed again in the backward pass, the
-    batch goes in parts, and at last more devices. None if even 64 times the devices do not do.
+    In this order: share the state among all devices, recompute layers in the backward pass, split
+    the batch into parts, use more devices. None if even 64 times the devices do not suffice.
     """
     config, changes = copy.deepcopy(config), {}
     with config.unlocked():
@@ -187,11 +190,11 @@ class _Op(NamedTuple):
 
 
 def step_bytes(jaxpr: Any, doubled: Any, shards: int, share: float = 1.0) -> int:
-    """Returns the most bytes that the results inside a jaxpr take at once on a device.
+    """Returns the largest number of bytes that the results inside a jaxpr take at once on a device.
 
-    Neither its inputs count nor its outputs, which are donated inputs. `jaxpr` is traced for a
-    batch of which a device has `share`, and `doubled` for twice that batch: what does not grow with
-    it are gradients and the like, of which a device holds one of `shards` parts.
+    Inputs do not count, nor outputs, which are donated inputs. `jaxpr` is traced for a batch of
+    which a device has `share`, and `doubled` for twice that batch. What does not grow with the
+    batch, such as gradients, is sharded over `shards` devices.
     """
     sizes: dict[Any, int] = {}
     _measure(jaxpr.jaxpr, doubled.jaxpr, shards, share, sizes)
@@ -199,7 +202,7 @@ def step_bytes(jaxpr: Any, doubled: Any, shards: int, share: float = 1.0) -> int
 
 
 def _measure(jaxpr: Any, doubled: Any, shards: int, share: float, sizes: dict[Any, int]) -> None:
-    """Notes the bytes of each result on a device."""
+    """Records the bytes of each result on a device."""
     for one, other in zip(jaxpr.eqns, doubled.eqns, strict=True):
         for var, twice in zip(one.outvars, other.outvars, strict=True):
             grown = _bytes(twice.aval) - _bytes(var.aval)
@@ -216,7 +219,7 @@ def _peak(jaxpr: Any, bytes_of: dict[Any, int]) -> int:
     stored = outputs | {value for op in ops if not op.fused for value in (*op.reads, *op.makes)}
     last = dict.fromkeys(outputs, len(ops))
     for i, op in reversed(list(enumerate(ops))):
-        # What is fused reads its operands when its result is read.
+        # A fused operation reads its operands when its result is read.
         reading = i
         if op.fused and not stored & set(op.makes):
             reading = max((last.get(value, i) for value in op.makes), default=i)
@@ -240,7 +243,7 @@ def _peak(jaxpr: Any, bytes_of: dict[Any, int]) -> int:
 
 
 class _Program:
-    """The equations of a jaxpr in order, with those of inlined calls, over numbered values."""
+    """The equations of a jaxpr in order, including those of inlined calls, over numbered values."""
 
     def __init__(self, bytes_of: dict[Any, int]):
         self.bytes_of = bytes_of
@@ -248,7 +251,7 @@ class _Program:
         self.sizes: list[int] = []
 
     def read(self, jaxpr: Any, numbers: dict[Any, int]) -> list[int]:
-        """Adds the equations; returns the numbers of the outputs. -1: an input, or a constant."""
+        """Adds the equations; returns the numbers of the outputs, -1 for an input or a constant."""
 
         def number(var):
             return -1 if isinstance(var, core.Literal) else numbers[var]
@@ -277,7 +280,7 @@ class _Program:
 
 
 def _inner(params: dict[str, Any]) -> list[Any]:
-    """The jaxprs of an equation's parameters, without constants."""
+    """Returns the jaxprs in an equation's parameters, without constants."""
     found = []
     for value in params.values():
         for one in value if isinstance(value, tuple | list) else (value,):

@@ -1,4 +1,4 @@
-"""Timing compiled programs against what the device can do, measured beside them."""
+"""Times compiled programs and compares them with the device's measured peaks."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ _LEAST = 0.2  # seconds of a repeat, so that starting a program does not count
 
 @dataclasses.dataclass(frozen=True)
 class Peaks:
-    """What one device reaches at most, measured."""
+    """Measured peaks of one device."""
 
     flops: float  # of a matrix product, operations a second
     bandwidth: float  # of reading and writing memory, bytes a second
@@ -33,7 +33,7 @@ class Peaks:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A compiled program and what it has to do on each device."""
+    """A compiled program, and its work on each device."""
 
     run: Any
     compile_seconds: float
@@ -42,12 +42,12 @@ class Program:
     memory: int  # as the compiler lays it out: arguments, results and temporaries
 
     def bound(self, peaks: Peaks) -> float:
-        """Returns the seconds that the roofline leaves it at least."""
+        """Returns the roofline's time in seconds."""
         return max(self.flops / peaks.flops, self.bytes / peaks.bandwidth)
 
 
 def compile_program(traced: Any, devices: int) -> Program:
-    """Returns a traced program, compiled, with its operations and bytes a device."""
+    """Compiles a traced program, and returns it with its operations and bytes per device."""
     started = time.monotonic()
     compiled = traced.lower().compile()
     seconds = time.monotonic() - started
@@ -63,7 +63,7 @@ def compile_program(traced: Any, devices: int) -> Program:
 
 
 def compiled_bytes(compiled: Any) -> int:
-    """Returns what a device holds while a compiled program runs; 0 if the compiler does not say."""
+    """Returns the bytes that a device holds while a program runs; 0 if they are unknown."""
     stats = compiled.memory_analysis()
     if stats is None:
         return 0
@@ -73,17 +73,17 @@ def compiled_bytes(compiled: Any) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds of one call."""
+    """Seconds per call."""
 
     median: float
     spread: float  # of the repeats, largest minus smallest, as a share of the median
 
 
 def time_calls(call: Callable[[], PyTree], repeats: int, at_most: float = math.inf) -> Timing:
-    """Returns the time of `call()`, whose result is waited for, after a call that is not timed.
+    """Returns the time of `call()`, including its result, after one call that is not timed.
 
-    A repeat is as many calls, one after another, as take a fifth of a second. No repeat begins that
-    would end `at_most` seconds after the first began.
+    A repeat is as many calls in a row as take a fifth of a second. No repeat starts that would end
+    more than `at_most` seconds after the first one started.
     """
     jax.block_until_ready(call())
     begun = time.perf_counter()
@@ -104,7 +104,7 @@ def time_calls(call: Callable[[], PyTree], repeats: int, at_most: float = math.i
 
 
 def measure_peaks(dtype: Any) -> Peaks:
-    """Returns what the first device reaches with a product in a dtype, and with a copy."""
+    """Measures the first device's rates of matrix products in a dtype, and of copies."""
     device = jax.devices()[0]
     side, size = _MATRIX.get(device.platform, 1024), _COPY.get(device.platform, 2**24)
     matrix = random_values({"x": jax.ShapeDtypeStruct((side, side), dtype)}, _here(device))["x"]
@@ -119,13 +119,13 @@ def _here(device: Any):
 
 
 def random_values(shapes: PyTree, shardings: PyTree) -> PyTree:
-    """Returns small random floats, and zeros of other types: no program is faster with better ones.
+    """Returns small random floats, and zeros of other types; leaves named `var` are positive.
 
-    Leaves named `var` are positive. `shardings` is one, or a tree of them.
+    `shardings` is one sharding, or a tree of them.
     """
 
     def make(key):
-        # Constant matrices would let a GPU clock higher; drawing each would take long to compile.
+        # Constant matrices would let a GPU clock higher; separate draws would take long to compile.
         base = jax.random.normal(key, (2**16 + 1,)) * 0.02
 
         def one(path, shape):
@@ -140,7 +140,7 @@ def random_values(shapes: PyTree, shardings: PyTree) -> PyTree:
 
 
 def peak_memory() -> int:
-    """Returns the most bytes that this process had on the first device; 0 where nobody counts."""
+    """Returns this process's peak number of bytes on the first device; 0 if unknown."""
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
 
 
@@ -149,8 +149,8 @@ def row(
 ) -> dict[str, Any]:
     """Returns a line of the table.
 
-    `mfu` counts the operations that the model needs, `model_flops` a device, without what is
-    computed again; `of_roofline` is the share of the least time in the time.
+    `mfu` is the utilisation by `model_flops`, the operations per device without recomputed ones;
+    `of_roofline` is the roofline's time over the measured time.
     """
     return {
         "what": what,

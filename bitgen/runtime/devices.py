@@ -1,4 +1,4 @@
-"""What known accelerators have: memory, peak and bandwidth of a device, from the makers' pages."""
+"""Memory, peak FLOP/s and bandwidth of known accelerators, from the makers' pages."""
 
 import dataclasses
 from typing import Any
@@ -44,7 +44,7 @@ def by_name(name: str) -> Device:
 
 
 def by_kind(kind: str) -> Device | None:
-    """Returns what a device of jax is, by its `device_kind`; the longest beginning counts."""
+    """Returns the known device whose name begins a jax device's `device_kind`, the longest one."""
     found = [
         (len(begin), device)
         for device in DEVICES.values()
@@ -55,7 +55,7 @@ def by_kind(kind: str) -> Device | None:
 
 
 def memory_of(device: Any) -> int | None:
-    """Returns the bytes that a device of jax has for arrays, if anyone knows."""
+    """Returns the bytes of memory of a jax device, or None if they are not known."""
     stats = device.memory_stats() or {}
     known = by_kind(device.device_kind)
     return stats.get("bytes_limit") or (known.memory if known else None)

@@ -1,4 +1,4 @@
-"""Several processes as one run: started from the environment, agreeing on what one of them does.
+"""Runs of several processes: how they start, agree and exchange arrays.
 
 Each process drives the devices of its host, or one of them, and holds its rows of every batch.
 """
@@ -32,27 +32,27 @@ _PLAIN = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
 
 _TORCHRUN = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")
 
-# What srun sets, and JAX reads by itself.
+# Set by srun and read by JAX itself.
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 
 _PATIENCE = 300  # seconds for all processes to start
 
-# Seconds without JAX's own heartbeats, which end a run with less of a word: `runtime.watchdog` is
-# sooner, and leaves a machine alone that was suspended.
+# Timeout of JAX's own heartbeats in seconds. `runtime.watchdog` acts sooner, says more, and ignores
+# the time in which a machine was suspended.
 _HEARTBEATS = 900
 
 _FOREVER = 1000 * 24 * 3600  # milliseconds; the watchdog ends what is stuck
 
-# Exit status after a fault that is none of the settings: start it again. EX_TEMPFAIL of sysexits.h.
+# Exit status of a fault that a restart can mend: EX_TEMPFAIL of sysexits.h.
 RESTART = 75
 
 
 # ---------------------------------------------------------------------------------- starting
 def start(env: Mapping[str, str] = os.environ) -> None:
-    """Joins the other processes of a run, if the environment tells of any.
+    """Joins the other processes of a run, if the environment describes any.
 
-    Before anything else that asks JAX for devices. Raises UserError for variables that are missing
-    or wrong, and if the others cannot be reached in `COORDINATOR_TIMEOUT` seconds, 300 by default.
+    Call it before JAX initialises its devices. Raises UserError for variables that are missing or
+    wrong, and if the others do not answer within `COORDINATOR_TIMEOUT` seconds (default 300).
     """
     found = find_processes(env)
     if found is None or jax.distributed.is_initialized():
@@ -64,7 +64,7 @@ def start(env: Mapping[str, str] = os.environ) -> None:
     if address is not None and index:  # JAX would end the process with a C++ stack
         _wait_for(address, patience)
     failed = (
-        f"not all processes of this run were there after {patience} s; start all of them, with one "
+        f"not all processes of this run started within {patience} s; start all of them, with one "
         f"address that all hosts reach{f', now {address}' if address else ''}"
     )
     with on_abort(lambda: (failed, 2)):
@@ -77,11 +77,11 @@ def start(env: Mapping[str, str] = os.environ) -> None:
 
 
 def find_processes(env: Mapping[str, str]) -> dict[str, Any] | None:
-    """Returns arguments of `jax.distributed.initialize`, None for a single process.
+    """Returns the arguments of `jax.distributed.initialize`, or None for a single process.
 
-    From COORDINATOR_ADDRESS, NUM_PROCESSES and PROCESS_ID, from what torchrun sets, or empty where
-    JAX finds out itself: under srun and on TPU pods. Raises UserError if some variables of a set
-    are there and others not.
+    They come from COORDINATOR_ADDRESS, NUM_PROCESSES and PROCESS_ID, or from torchrun's variables.
+    They are empty where JAX detects the processes itself: under srun and on TPU pods. Raises
+    UserError if only some variables of a set are present.
     """
     if given := _complete(env, _PLAIN):
         address, count, index = given
@@ -105,7 +105,7 @@ def find_processes(env: Mapping[str, str]) -> dict[str, Any] | None:
 
 
 def _complete(env: Mapping[str, str], names: tuple[str, ...]) -> list[str] | None:
-    """-> the values of all variables; None if there is none of them."""
+    """Returns the values of all variables, or None if none of them is set."""
     missing = [name for name in names if not env.get(name)]
     if len(missing) == len(names):
         return None
@@ -136,7 +136,7 @@ def _number(env: Mapping[str, str], name: str) -> int:
 
 
 def _on_tpu_pod(env: Mapping[str, str]) -> bool:
-    """-> whether this host is one of several of a TPU slice, or of several slices."""
+    """Returns whether this host is one of several hosts of a TPU slice, or of several slices."""
     if env.get("MEGASCALE_COORDINATOR_ADDRESS"):
         return True
     if hosts := env.get("TPU_WORKER_HOSTNAMES"):
@@ -151,7 +151,7 @@ def _on_tpu_pod(env: Mapping[str, str]) -> bool:
 
 
 def _worker_endpoints(url: str) -> str:
-    """-> the workers of the slice as the machine's metadata has them; '' where there is none."""
+    """Returns the workers of the TPU slice from the metadata server, '' without one."""
     request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
     try:
         with urllib.request.urlopen(request, timeout=5) as answer:
@@ -161,7 +161,7 @@ def _worker_endpoints(url: str) -> str:
 
 
 def _wait_for(address: str, seconds: int) -> None:
-    """Returns once something listens at host:port; UserError if nothing does."""
+    """Returns once host:port accepts connections; raises UserError if it does not in time."""
     host, _, port = address.rpartition(":")
     end = time.monotonic() + seconds
     while True:
@@ -179,10 +179,10 @@ def _wait_for(address: str, seconds: int) -> None:
 
 @contextlib.contextmanager
 def on_abort(explain: Callable[[], tuple[str, int]]) -> Iterator[None]:
-    """Ends the process with one line where JAX would let it abort.
+    """Ends the process with one line instead of a C++ stack trace when JAX aborts it.
 
-    Its C++ client aborts when the coordinator or another process is lost, which Python cannot
-    catch; so a C signal handler asks `explain` for the line and the exit status.
+    JAX's C++ client aborts when the coordinator or another process is lost, and Python cannot catch
+    that. A C signal handler therefore asks `explain` for the line and the exit status.
     """
 
     def handler(number: int) -> None:
@@ -202,21 +202,21 @@ def on_abort(explain: Callable[[], tuple[str, int]]) -> Iterator[None]:
 
 
 def leave(message: str, status: int) -> NoReturn:
-    """Prints the line and ends the process at once, whatever its threads are doing."""
+    """Prints the line and ends the process at once, whatever its other threads are doing."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     os._exit(status)
 
 
 # ---------------------------------------------------------------------------------- agreeing
 def is_first() -> bool:
-    """Returns whether this process is the one that writes what is written once."""
+    """Returns whether this is process 0, which writes the files that a run has only once."""
     return jax.process_index() == 0
 
 
 def on_first(function: Callable[[], T]) -> T:
-    """Returns on every process what the function, run on the first alone, returns there.
+    """Runs the function on process 0 only, and returns its result on every process.
 
-    A UserError is raised everywhere. Every process must call it; the result is JSON.
+    A UserError is raised on every process. Every process must call this; the result must be JSON.
     """
     if jax.process_count() == 1:
         return function()
@@ -236,10 +236,10 @@ def on_first(function: Callable[[], T]) -> T:
 
 
 class FirstProcessWriter:
-    """A writer that the first process alone has; every process must make the same calls."""
+    """A writer that only process 0 opens; every process must make the same calls."""
 
     def __init__(self, open_writer: Callable[[], Any]):
-        """Opens the writer, which has `next_index`, `add(rows, ...)` and `finish()`."""
+        """Opens the writer, an object with `next_index`, `add(rows, ...)` and `finish()`."""
         opened: list[Any] = []
 
         def open_here() -> int:
@@ -250,31 +250,33 @@ class FirstProcessWriter:
         self.writer = opened[0] if opened else None
 
     def add(self, rows: Any, *others: Any) -> None:
-        """Writes the rows that follow `next_index`."""
+        """Writes the rows from `next_index` on."""
         self.next_index += len(rows)
         if self.writer is not None:
             self.writer.add(rows, *others)
 
     def finish(self, *arguments: Any) -> Any:
-        """Completes what is written; returns on every process what the writer returns (JSON)."""
+        """Finishes writing, and returns the writer's result (JSON) on every process."""
         return on_first(lambda: self.writer.finish(*arguments) if self.writer else None)
 
 
 def barrier(where: str) -> None:
-    """Returns when every process has come here, which each does once by that name.
+    """Returns when every process has reached the barrier of this name, which is used once.
 
-    On CPUs the first collective of some devices fails if one of them is half a minute late.
+    On CPUs, the first collective of some devices fails if one of them is half a minute late.
     """
     ocp.multihost.get_barrier_sync_fn()(key=where, timeout_ms=_FOREVER)
 
 
 def all_agree(yes: bool) -> bool:
-    """Returns whether `yes` is true on every process; all must call it."""
+    """Returns whether `yes` is true on every process; every process must call it."""
     return bool(np.all(gather(np.asarray([yes]))))
 
 
 def gather(rows: np.ndarray) -> np.ndarray:
-    """Returns [p * b, ...]: the rows [b, ...] of every process, as many of each, in order."""
+    """Returns the rows [b, ...] of all processes, in order, as [p * b, ...]; b must be equal on
+    all.
+    """
     if jax.process_count() == 1:
         return rows
     found = np.asarray(multihost_utils.process_allgather(rows))
@@ -282,9 +284,9 @@ def gather(rows: np.ndarray) -> np.ndarray:
 
 
 def gather_rows(batch: Any, real: int) -> Any:
-    """Returns the rows of every process in order, of each the first `real` of its own.
+    """Returns the rows of all processes in order, of each only the first `real` of its rows.
 
-    `batch` is a tree of arrays on the devices, or of each process's own rows, padded to one length.
+    `batch` is a tree of arrays on the devices, or of a process's own rows, padded to one length.
     """
     rows = jax.tree.map(local_rows, batch)
     mask = gather(np.arange(len(jax.tree.leaves(rows)[0])) < real)
@@ -292,7 +294,9 @@ def gather_rows(batch: Any, real: int) -> Any:
 
 
 def place(tree: Any, shardings: Any) -> Any:
-    """Returns a tree of arrays, which every process has whole, by one sharding or one for each."""
+    """Places a tree of arrays, which every process holds completely, by one sharding or a tree of
+    them.
+    """
     if jax.process_count() == 1:
         return jax.device_put(tree, shardings)
     if isinstance(shardings, jax.sharding.Sharding):
@@ -312,7 +316,7 @@ def place(tree: Any, shardings: Any) -> Any:
 
 
 def fetch_global(array: jax.Array) -> np.ndarray:
-    """Returns all of an array on every process; every process must call it."""
+    """Returns a global array as numpy on every process; every process must call it."""
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
@@ -320,7 +324,7 @@ def fetch_global(array: jax.Array) -> np.ndarray:
 
 # ---------------------------------------------------------------------------------- checking
 def check_mesh(mesh: Mesh) -> None:
-    """Raises UserError unless every process holds its own, equal part of a batch."""
+    """Raises UserError unless every process holds its own, equally large part of a batch."""
     count = jax.process_count()
     if count == 1:
         return
@@ -337,7 +341,7 @@ def check_mesh(mesh: Mesh) -> None:
 
 
 def check_single(what: str) -> None:
-    """Raises UserError if there are several processes, for what only one can do."""
+    """Raises UserError in a run of several processes, for features that only one can use."""
     if jax.process_count() > 1:
         raise UserError(
             f"{what} is for one process, this run has {jax.process_count()}: start it on one host"
@@ -345,7 +349,7 @@ def check_single(what: str) -> None:
 
 
 def check_shared(workdir: Path) -> None:
-    """Raises UserError on every process unless all of them see one and the same workdir."""
+    """Raises UserError on every process unless all of them see the same workdir."""
     if jax.process_count() == 1:
         return
     name = f".shared-{os.getpid()}-{time.time_ns()}"
@@ -370,7 +374,7 @@ def _touch(path: Path) -> None:
 
 
 def _appears(path: Path) -> bool:
-    """Shared storage may show a new file late."""
+    """Returns whether the file becomes visible; shared storage may show a new file late."""
     for _ in range(20):
         if path.exists():
             return True
@@ -380,14 +384,14 @@ def _appears(path: Path) -> bool:
 
 
 def pad_rows(rows: np.ndarray, count: int) -> np.ndarray:
-    """Returns `count` rows, those that are missing zeros: programs have one batch shape."""
+    """Pads rows with zeros to `count` rows, so that all batches have one shape."""
     padded = np.zeros((count, *rows.shape[1:]), rows.dtype)
     padded[: len(rows)] = rows
     return padded
 
 
 def local_rows(value: jax.Array) -> np.ndarray:
-    """Returns the rows of a batch that are on this process's devices, in order."""
+    """Returns the rows of a batch on this process's devices, in order."""
     if not isinstance(value, jax.Array) or value.is_fully_addressable:
         return np.asarray(value)
     shards = {shard.index[0].start or 0: shard.data for shard in value.addressable_shards}

@@ -1,7 +1,7 @@
-"""One run at a time in a workdir, also on storage that several machines share.
+"""A lock file for a workdir, which also works on storage that several machines share.
 
-No flock, which does not hold on NFS: a file that only one process can make, and that its holder
-touches while it lives.
+flock does not hold on NFS. This lock is a file that only one process can create, and that its
+holder touches regularly.
 """
 
 import contextlib
@@ -23,15 +23,15 @@ SILENT = 60.0  # seconds without a touch after which a holder on another machine
 
 @dataclasses.dataclass(frozen=True)
 class Process:
-    """Names a process so that another one can tell whether it still runs."""
+    """Identifies a process, so that another one can tell whether it is still running."""
 
     host: str
     machine: str  # the boot and the space of process ids: equal where ids can be compared
     pid: int
-    born: str  # tells processes apart that have the same id, one after another
+    started: str  # tells successive processes with the same id apart
 
     def runs(self) -> bool | None:
-        """Returns whether it runs, None if that cannot be told from here."""
+        """Returns whether the process is running, or None if this machine cannot tell."""
         if self.machine != this_process().machine:
             return None
         try:
@@ -40,15 +40,15 @@ class Process:
             return False
         except OSError:  # somebody else's
             pass
-        return _born(self.pid) == self.born
+        return _start_ticks(self.pid) == self.started
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
 
 
 def this_process() -> Process:
-    """Returns the one that asks."""
-    return Process(socket.gethostname(), _machine(), os.getpid(), _born(os.getpid()))
+    """Returns the identity of the current process."""
+    return Process(socket.gethostname(), _machine(), os.getpid(), _start_ticks(os.getpid()))
 
 
 def _machine() -> str:
@@ -59,8 +59,8 @@ def _machine() -> str:
         return f"{socket.gethostname()} {uuid.getnode()}"
 
 
-def _born(pid: int) -> str:
-    """-> the start of a process in the kernel's ticks; '' if it is gone, a zombie, or unknown."""
+def _start_ticks(pid: int) -> str:
+    """Returns the start of a process in kernel ticks; '' if it is gone, a zombie, or unknown."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -69,13 +69,13 @@ def _born(pid: int) -> str:
 
 
 class Lock:
-    """A lock file that this process holds; made by `acquire`."""
+    """A lock file held by this process; `acquire` creates it."""
 
     def __init__(self, path: Path, token: str):
         self.path, self.token = path, token
 
     def touch(self) -> bool:
-        """Shows that the holder lives; returns False if another run has taken the lock over."""
+        """Marks the holder as alive; returns False if another run has taken over the lock."""
         try:
             if _read(self.path).get("token") != self.token:
                 return False
@@ -87,7 +87,7 @@ class Lock:
         return True
 
     def release(self) -> None:
-        """Removes the file, if it is still ours."""
+        """Removes the file if this process still holds the lock."""
         with contextlib.suppress(OSError):
             if _read(self.path).get("token") == self.token:
                 self.path.unlink()
@@ -102,8 +102,8 @@ def acquire(
 ) -> Lock:
     """Returns the lock; raises UserError that names the holder if another run has it.
 
-    A holder on this machine that is gone is taken over from at once, one on another machine after
-    `silent` seconds in which it does not touch the file: no clocks are compared.
+    The lock of a dead process on this machine is taken over at once. That of a process on another
+    machine is taken over after `silent` seconds without a touch, so no clocks are compared.
     """
     me = this_process()
     token = f"{me.host}-{me.pid}-{uuid.uuid4().hex}"
@@ -116,22 +116,22 @@ def acquire(
             continue
         known: Any = [held.get(field.name) for field in dataclasses.fields(Process)]
         holder = Process(*known)
-        runs = holder.runs() if isinstance(holder.pid, int) else None
+        runs = holder.runs() if isinstance(holder.started, str) else None
         if runs is None:
-            log_info(f"{path} is of {holder}: looking for a sign of life for {silent:.0f} s")
+            log_info(f"{path} belongs to {holder}: checking for {silent:.0f} s whether it is alive")
             runs = _touches(path, touched, silent, clock, sleep)
         if runs:
             raise UserError(
-                f"{path.parent} is in use: {holder} runs there since {held.get('since')}; choose "
-                "another --workdir or end that run first"
+                f"{path.parent} is in use: {holder} has been running there since "
+                f"{held.get('since')}; choose another --workdir or end that run first"
             )
-        log_info(f"{path.name}: {holder} left it behind and is gone, taking over")
+        log_info(f"{path.name}: {holder} is gone, taking over its lock")
         _remove(path, held)
     return Lock(path, token)
 
 
 def _create(path: Path, text: str) -> bool:
-    """Makes the file with its content in one step; returns False if there is one."""
+    """Creates the file with its content atomically; returns False if it exists."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         own = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
@@ -146,7 +146,7 @@ def _create(path: Path, text: str) -> bool:
                 return False
         finally:
             own.unlink(missing_ok=True)
-        # Storage without links, as of object stores.
+        # Storage without hard links, such as a mounted bucket.
         try:
             with path.open("x") as file:
                 file.write(text)
@@ -167,13 +167,13 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _touched(path: Path) -> int:
-    # Of an open file: NFS answers `stat` of a path from its cache.
+    # Stat the open file: NFS answers `stat` of a path from its cache.
     with path.open() as file:
         return os.fstat(file.fileno()).st_mtime_ns
 
 
 def _touches(path: Path, before: int, silent: float, clock, sleep) -> bool:
-    """-> whether the file is touched within so many seconds."""
+    """Returns whether the file is touched within `silent` seconds."""
     end = clock() + silent
     while clock() < end:
         sleep(min(2.0, silent / 10))
@@ -186,7 +186,7 @@ def _touches(path: Path, before: int, silent: float, clock, sleep) -> bool:
 
 
 def _remove(path: Path, expected: dict[str, Any]) -> None:
-    """Removes a lock that was left behind, but not one that somebody made meanwhile."""
+    """Removes an abandoned lock, unless another process has replaced it meanwhile."""
     aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     try:
         os.rename(path, aside)

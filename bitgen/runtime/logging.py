@@ -1,4 +1,4 @@
-"""Lines and tables for the console."""
+"""Log lines and tables for the console."""
 
 import logging
 import os
@@ -11,14 +11,14 @@ from tqdm import tqdm
 
 
 def log_info(message: str) -> None:
-    """Prints one line to standard error on the first process, above a bar that may be there."""
+    """Prints a line to standard error on process 0, above a progress bar if there is one."""
     if jax.process_index() == 0:
         with tqdm.external_write_mode(file=sys.stderr):
             print(message, file=sys.stderr, flush=True)
 
 
 def quiet() -> None:
-    """Keeps the libraries' own chatter out of the console; warnings still show."""
+    """Silences the libraries' log messages except warnings."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # it announces itself, and is not used
     for name in ("absl", "orbax", "jax", "grain"):
@@ -26,7 +26,7 @@ def quiet() -> None:
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Returns rows as a table of text, empty where a row lacks what another has."""
+    """Returns rows as a text table; cells that a row lacks are empty."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     cells = [names]
     for row in rows:

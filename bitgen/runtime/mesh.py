@@ -1,4 +1,4 @@
-"""The device mesh, and where arrays live on it."""
+"""The device mesh and the placement of batches on it."""
 
 import math
 from typing import Any
@@ -16,7 +16,7 @@ BATCH = P(("data", "fsdp"))
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = None) -> Mesh:
-    """Returns a mesh with axes data, fsdp and tensor; -1 takes the devices that are left.
+    """Returns a mesh with axes data, fsdp and tensor; -1 takes the remaining devices.
 
     Raises UserError if the sizes do not multiply to the number of devices.
     """
@@ -27,7 +27,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = Non
 
 
 def abstract_mesh(count: int, data: int = -1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:
-    """Returns the mesh of so many devices that need not be there, for shapes; else `make_mesh`."""
+    """Returns a mesh of that many devices for shapes only; without a number, `make_mesh`."""
     sizes = _sizes(count, {"data": data, "fsdp": fsdp, "tensor": tensor})
     return AbstractMesh(sizes, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
 
@@ -51,17 +51,17 @@ def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of an array that every device holds whole."""
+    """Returns the sharding of an array that every device holds completely."""
     return NamedSharding(mesh, P())
 
 
 def shards_of_batch(mesh: Mesh | AbstractMesh) -> int:
-    """Returns into how many parts a batch is split."""
+    """Returns the number of parts into which a batch is split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def check_batch(size: int, parts: int, mesh: Mesh | AbstractMesh) -> None:
-    """Raises UserError unless a training batch splits over the mesh, in equal parts on each."""
+    """Raises UserError unless a training batch splits evenly over the mesh."""
     shards = shards_of_batch(mesh)
     if parts < 1:
         raise UserError(f"config.train.accumulate is a number of parts, 1 or more, got {parts}")
@@ -74,13 +74,13 @@ def check_batch(size: int, parts: int, mesh: Mesh | AbstractMesh) -> None:
 
 
 def round_up_batch(size: int, mesh: Mesh) -> int:
-    """Returns the batch size, rounded up to one that splits over the mesh."""
+    """Returns the batch size, rounded up to a multiple that splits over the mesh."""
     shards = shards_of_batch(mesh)
     return -(-size // shards) * shards
 
 
 def to_device(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Returns the global batch made of each process's rows, sharded over the mesh."""
+    """Returns the global batch made of every process's rows, sharded over the mesh."""
     sharding = batch_sharding(mesh)
     return {
         name: jax.make_array_from_process_local_data(sharding, value)

@@ -1,4 +1,4 @@
-"""How far long work is: a bar on the first process's terminal, a line now and then in a log."""
+"""Progress of long work: a bar on a terminal, sparse lines in a log."""
 
 import os
 import sys
@@ -15,10 +15,10 @@ _EVERY = 10.0  # seconds between lines
 
 
 class ProgressBar:
-    """Tells how many of `total` are done, while it is entered; a context.
+    """A context that reports how many of `total` items are done.
 
-    A terminal gets a bar, which is gone at the end. A log gets a line every ten seconds, unless
-    `lines` is False. Both get a last line. Processes but the first are silent.
+    A terminal shows a bar, which disappears at the end. A log gets a line every ten seconds, unless
+    `lines` is False. Both get a last line. Only process 0 reports.
     """
 
     def __init__(
@@ -30,8 +30,8 @@ class ProgressBar:
         first: int = 0,
         lines: bool = True,
     ):
-        """Takes what is done, in words; how much there is of it, None if that is not known; its
-        unit, `B` for bytes; and how much was done before.
+        """Takes the verb of the report ("sampled"), the total (None if unknown), the unit (`B` for
+        bytes) and the number already done.
         """
         self.what, self.total, self.unit, self.lines = what, total, unit, lines
         self.first = self.done = self.said = first
@@ -55,11 +55,11 @@ class ProgressBar:
         return self
 
     def add(self, count: int) -> None:
-        """Says that so many more are done."""
+        """Adds to the number of items done."""
         self.to(self.done + count)
 
     def to(self, done: int) -> None:
-        """Says that so many are done in all; never more than there are."""
+        """Sets the number of items done, at most the total."""
         done = done if self.total is None else min(done, self.total)
         self.bar.update(done - self.done)
         self.done = done
@@ -80,14 +80,14 @@ class ProgressBar:
 
 
 def _columns() -> int:
-    """-> the terminal's width; tqdm shows no bar on one that does not know its own."""
+    """Returns the terminal's width, for tqdm, which shows no bar where it is unknown."""
     return os.get_terminal_size(sys.stderr.fileno()).columns or 80
 
 
 def with_progress(
     items: Iterable[T], what: str, total: int | None, size: Callable[[T], int]
 ) -> Iterator[T]:
-    """Yields the items under a `ProgressBar`; `size` returns how many images an item has."""
+    """Yields the items under a `ProgressBar`; `size` returns the number of images of an item."""
     with ProgressBar(what, total) as bar:
         for item in items:
             yield item
@@ -97,6 +97,6 @@ def with_progress(
 def with_progress_of_shares(
     batches: Iterable[dict[str, Any]], what: str, total: int
 ) -> Iterator[dict[str, Any]]:
-    """Passes on a process's rows of batches of data, and tells how many all processes have had."""
+    """Yields a process's rows of batches of data, and reports the progress of all processes."""
     several = jax.process_count()
     return with_progress(batches, what, total, lambda batch: len(batch["label"]) * several)

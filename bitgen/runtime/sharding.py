@@ -1,9 +1,9 @@
-"""Which axis of each parameter lies across the mesh: rules by family, and one rule for all.
+"""Sharding of parameters over the mesh: rules for each family, and one general rule.
 
-`tensor` splits what a rule names: in transformers the heads and hidden features, so that a block
-needs one sum over devices (Megatron, arXiv 1909.08053). `fsdp` splits the largest axis that is left
-and divides evenly (ZeRO, arXiv 1910.02054), if it can so that a TPU need not fill up the parts.
-Moments and averages carry the paths of their parameters, so that one rule places all of them.
+`tensor` splits what a rule names: the heads and hidden features of transformers, so that a block
+needs one sum over devices (Megatron, arXiv 1909.08053). `fsdp` splits the largest remaining axis
+that divides evenly (ZeRO, arXiv 1910.02054), preferably one that a TPU need not pad. Moments and
+averages have the paths of their parameters, so the same rules apply to them.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from bitgen.runtime.mesh import shards_of_batch
 
-# (pattern in the path, spec of the last axes); the first that is found counts.
+# (pattern in the path, spec of the last axes); the first match counts.
 Rules = Sequence[tuple[str, P]]
 
 _BLOCKS: Rules = (
@@ -59,7 +59,7 @@ _LANES = 128
 
 
 def tree_shardings(shapes: Any, rules: Rules, mesh: Mesh | AbstractMesh) -> Any:
-    """Returns a sharding for each leaf of a tree of arrays or shapes."""
+    """Returns the sharding of each leaf of a tree of arrays or shapes."""
 
     def one(path, leaf):
         return NamedSharding(mesh, leaf_spec(path_name(path), leaf.shape, rules, mesh))
@@ -68,7 +68,7 @@ def tree_shardings(shapes: Any, rules: Rules, mesh: Mesh | AbstractMesh) -> Any:
 
 
 def leaf_spec(name: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh | AbstractMesh) -> P:
-    """Returns the spec of a leaf by its path; an axis that does not divide evenly stays whole."""
+    """Returns the spec of a leaf by its path; an axis that does not divide evenly is not split."""
     first = int(is_stacked(name, shape))
     if math.prod(shape[first:]) < SMALL:
         return P()
@@ -94,17 +94,17 @@ def leaf_spec(name: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh | Abst
 
 
 def is_stacked(name: str, shape: tuple[int, ...]) -> bool:
-    """Returns whether the first axis of a leaf is that of layers."""
+    """Returns whether the first axis of a leaf counts layers."""
     return len(shape) > 1 and bool(_STACKED.search(name))
 
 
 def path_name(path: Sequence[Any]) -> str:
-    """Returns a leaf's path in a state: opt/model/0/mu/layers/mlp/up/kernel."""
+    """Returns the path of a leaf in a state: opt/model/0/mu/layers/mlp/up/kernel."""
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
 def bytes_per_device(shapes: Any, shardings: Any) -> int:
-    """Returns what a device holds of a tree of arrays or shapes."""
+    """Returns the bytes that a device holds of a tree of arrays or shapes."""
     leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
     return sum(
         math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -113,7 +113,7 @@ def bytes_per_device(shapes: Any, shardings: Any) -> int:
 
 
 def whole_leaves(shapes: Any, shardings: Any) -> list[str]:
-    """Returns the paths of leaves that are large but lie whole on every device."""
+    """Returns the paths of large leaves that every device holds completely."""
     found = []
     for (path, leaf), sharding in zip(
         jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(shardings), strict=True
@@ -127,10 +127,10 @@ def whole_leaves(shapes: Any, shardings: Any) -> list[str]:
 
 @contextlib.contextmanager
 def batch_on(mesh: Mesh) -> Iterator[None]:
-    """Keeps what modules return split by batch while a step is traced under this context.
+    """Keeps the outputs of modules sharded by batch while a step is traced in this context.
 
-    Parameters split by `fsdp` otherwise lead the compiler to split activations by features, with
-    the whole batch on each device. Other axes are left to it.
+    Otherwise, parameters sharded by `fsdp` lead the compiler to shard activations by features, with
+    the whole batch on each device. The compiler chooses the other axes.
     """
     shards = shards_of_batch(mesh)
     if mesh.shape["fsdp"] == mesh.shape["tensor"] == 1:

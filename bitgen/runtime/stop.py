@@ -1,4 +1,4 @@
-"""Ending a run early on SIGTERM or SIGINT, after the same step on all of its processes."""
+"""Stops a run early on SIGTERM or SIGINT, after the same step on all processes."""
 
 import collections
 import signal
@@ -15,11 +15,12 @@ _LAG = 1
 
 
 class StopSignal:
-    """Notes SIGTERM and SIGINT from here on.
+    """Records SIGTERM and SIGINT.
 
-    Of several processes they may reach one or all, at different times. Each puts a flag into its
-    rows of every batch, the step returns whether any is set (`state.step_program`), and all read
-    that of the same step. JAX's own preemption service would hold Python still while it waits.
+    A signal may reach one process or all, at different times. Each process puts a flag into its
+    rows of every batch, the step returns whether any flag is set (`state.step_program`), and all
+    processes read the result of the same step. JAX's own preemption service would block Python
+    while it waits.
     """
 
     def __init__(self):
@@ -34,20 +35,22 @@ class StopSignal:
         self.received = not self.several
 
     def mark(self, batch: dict[str, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
-        """Returns a batch with the flag of this process in its rows."""
+        """Returns the batch with this process's flag in its rows."""
         if not self.several:
             return batch
         rows = len(next(iter(batch.values()))) // jax.process_count()
         return {**batch, **to_device({"stop": np.full(rows, self.noted)}, mesh)}
 
     def before_a_step(self, nothing_new: bool) -> bool:
-        """Returns whether to end without a step, as there is nothing to save."""
+        """Returns whether to end before the next step, because there is nothing new to save."""
         return self.received and nothing_new
 
     def after(self, metrics: dict[str, Any]) -> bool:
-        """Returns whether to end after a step; to be asked of every one. Takes `stop` out.
+        """Returns whether to end after a step; call it after every step. Removes `stop` from the
+        metrics.
 
-        Waits for the step before, or hosts would be hundreds of steps ahead when a signal comes.
+        Waits for the previous step; otherwise hosts would be hundreds of steps ahead when a signal
+        comes.
         """
         self.found.append(metrics.pop("stop") if self.several else metrics["loss"])
         if len(self.found) > _LAG:

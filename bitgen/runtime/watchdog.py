@@ -1,8 +1,8 @@
-"""Notices a run that does not go on, or a process of it that is gone, and says which.
+"""Detects a run that hangs or has lost a process, and says which process it is.
 
-Every process has a thread that writes a file, `heartbeats/00001.json` in the workdir, with what
-its main thread is doing. The first process reads all of them, the others read that of the first.
-What is found ends a process with one line and status 75, whatever its main thread waits for.
+A thread of every process writes `heartbeats/00001.json` in the workdir, with what its main thread
+is doing. Process 0 reads all of these files, the others read that of process 0. A fault ends the
+process with one line and status 75, whatever its main thread waits for.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ _UNKNOWN = lock.Process("an unknown host", "", 0, "")
 
 @dataclasses.dataclass
 class Heartbeat:
-    """What a process tells about itself."""
+    """What a process reports about itself."""
 
     process: int
     where: lock.Process
@@ -59,25 +59,25 @@ class Heartbeat:
 
 
 class StallDetector:
-    """Tells from heartbeats what is wrong; keeps no time itself, and counts that of one clock."""
+    """Finds faults in heartbeats; all times are those of one clock, given by the caller."""
 
     def __init__(self, stuck_after: float, silent_after: float = SILENT):
         self.stuck_after, self.silent_after = stuck_after, silent_after
         self.seen: dict[tuple[int, str], tuple[int, float]] = {}
 
     def unchanged(self, beat: Heartbeat, what: str, now: float) -> float:
-        """Returns for how long a count of a process has been the same."""
+        """Returns for how long a counter of a process has not changed."""
         value, key = getattr(beat, what), (beat.process, what)
         if self.seen.get(key, (None, 0.0))[0] != value:
             self.seen[key] = (value, now)
         return now - self.seen[key][1]
 
     def pause(self, seconds: float) -> None:
-        """Leaves out a time in which the detector itself did not run."""
+        """Excludes a time in which the detector itself did not run."""
         self.seen = {key: (value, at + seconds) for key, (value, at) in self.seen.items()}
 
     def check(self, heartbeats: Mapping[int, Heartbeat], now: float) -> tuple[str, int] | None:
-        """Returns what is wrong and the status to end with, None if nothing is."""
+        """Returns what is wrong and the exit status, or None if nothing is."""
         for beat in heartbeats.values():
             silent = self.unchanged(beat, "count", now)
             if beat.status == 0:
@@ -91,14 +91,14 @@ class StallDetector:
                 ), RESTART
             if silent > self.silent_after:
                 return (
-                    f"{beat} gave no sign of life for {silent:.0f} s: {beat.activity}",
+                    f"{beat} has sent no heartbeat for {silent:.0f} s: {beat.activity}",
                     RESTART,
                 )
         running = [beat for beat in heartbeats.values() if beat.status == _RUNNING]
         return self._stuck(running, now) if self.stuck_after > 0 and running else None
 
     def _stuck(self, heartbeats: list[Heartbeat], now: float) -> tuple[str, int] | None:
-        """The others wait for those that have gone least far."""
+        """Returns the fault of the processes with the least progress; the others wait for them."""
         idle = {beat.process: self.unchanged(beat, "progress", now) for beat in heartbeats}
         least = min(beat.progress for beat in heartbeats)
         last = [beat for beat in heartbeats if beat.progress == least]
@@ -112,7 +112,7 @@ class StallDetector:
 
 
 class Watchdog:
-    """Tells the other processes what this one is doing, and ends it if the run is stuck."""
+    """Publishes this process's heartbeat, and ends the process if the run is stuck."""
 
     def __init__(self, workdir: Path, stuck_after: float, held: lock.Lock | None):
         index, self.count = jax.process_index(), jax.process_count()
@@ -126,12 +126,12 @@ class Watchdog:
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def report(self, what: str, slow: bool = False) -> None:
-        """Says that the run goes on, and with what; `slow`: it takes long by nature."""
+        """Records progress and the activity; a `slow` one may take ten times as long."""
         self.own.activity, self.own.slow = what, slow
         self.own.progress += 1
 
     def check(self) -> tuple[str, int] | None:
-        """Returns what is wrong with the run, if anything is."""
+        """Returns what is wrong with the run, or None."""
         if self.count == 1:
             return self.detector.check({0: self.own}, time.monotonic())
         for i in range(1, self.count) if self.own.process == 0 else [0]:
@@ -139,7 +139,7 @@ class Watchdog:
         return self.detector.check(self.heartbeats, time.monotonic())
 
     def end(self, status: int, why: str = "") -> None:
-        """Tells the others that this process ends, and stops watching."""
+        """Tells the other processes that this one ends, and stops watching."""
         self.stopped.set()
         faulthandler.cancel_dump_traceback_later()
         if self.thread.is_alive():
@@ -150,7 +150,7 @@ class Watchdog:
     def _watch(self) -> None:
         last = time.monotonic()
         while not self.stopped.wait(HEARTBEAT_SECONDS):
-            # A process that was suspended, or whose storage was, has not watched.
+            # A process that was suspended, or whose storage hung, has not watched.
             away = time.monotonic() - last - 5 * HEARTBEAT_SECONDS
             if away > 0:
                 self.detector.pause(away)
@@ -195,11 +195,11 @@ class Watchdog:
 
 
 def _with_advice(why: str, status: int) -> str:
-    return f"{why}; the same command goes on from what is saved" if status == RESTART else why
+    return f"{why}; the same command resumes the run" if status == RESTART else why
 
 
 def explain_abort(watch: Watchdog) -> tuple[str, int]:
-    """Returns why JAX aborts this process, as far as the heartbeats tell."""
+    """Returns why JAX aborts this process, as far as the heartbeats tell, and the exit status."""
     watch.detector.silent_after = min(5 * HEARTBEAT_SECONDS, watch.detector.silent_after)
     end = time.monotonic() + 3 * watch.detector.silent_after
     while time.monotonic() < end:
@@ -212,10 +212,10 @@ def explain_abort(watch: Watchdog) -> tuple[str, int]:
 
 @contextlib.contextmanager
 def guard(workdir: Path, name: str, stuck_after: float) -> Iterator[Watchdog]:
-    """Holds `workdir/NAME.lock` and watches over the run under this context.
+    """Holds `workdir/NAME.lock` and watches the run in this context.
 
-    Raises UserError if another run holds the lock. An error that a lost process causes in this one
-    ends it with a line about that process.
+    Raises UserError if another run holds the lock. If a lost process causes an error in this one,
+    the process ends with a line about the lost one.
     """
     held: list[lock.Lock] = []
     workdir.mkdir(parents=True, exist_ok=True)
@@ -247,7 +247,7 @@ def guard(workdir: Path, name: str, stuck_after: float) -> Iterator[Watchdog]:
 
 
 def with_heartbeats(items: Iterable[T], watch: Watchdog) -> Iterator[T]:
-    """Passes items on, each a sign that the run goes on."""
+    """Yields the items, and reports each as progress."""
     for i, item in enumerate(items):
         watch.report(f"batch {i}", slow=i == 0)  # the first compiles
         yield item

@@ -28,7 +28,7 @@ class AutoregressivePlan:
 
 
 class Prepared(NamedTuple):
-    """A generator's parameters as the loops read them."""
+    """A generator's parameters in the layout that the loops read."""
 
     variables: Any  # of the generator but for its layers
     layers: tuple[Any, ...]  # the variables of each
@@ -49,9 +49,9 @@ def sample_bits(
 
     Args:
       generator: a BitDance.
-      params: its parameters, or what `prepare` made of them.
-      labels: of the images.
-      keys: one key an image, so that an image does not depend on its batch.
+      params: its parameters, or what `prepare` returned.
+      labels: the class of each image.
+      keys: one key per image, so that an image does not depend on its batch.
       plan: the settings.
 
     Raises UserError for an impossible setting.
@@ -63,7 +63,7 @@ def sample_bits(
     guided = plan.guidance != 1
 
     prepared = params if isinstance(params, Prepared) else prepare(generator, params)
-    # The unconditional rows are one until the first group is drawn.
+    # The unconditional rows are equal until the first group is drawn.
     null = jnp.full((1 if guided else 0,), generator.num_classes, labels.dtype)
     caches, cond = start(generator, prepared, jnp.concatenate([labels, null]))
     if guided:
@@ -80,8 +80,8 @@ def sample_bits(
         return jnp.concatenate([bits, bits]) if guided else bits
 
     if guided and scales[0] == 1:
-        # Unguided, each half draws a first group of its own, as in the original: the
-        # unconditional half goes on from what it drew itself.
+        # Without guidance, each half draws its own first group, as in the original, and the
+        # unconditional half continues from its own.
         first_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
         other_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, groups)
         first_keys = jnp.concatenate([first_keys, other_keys])
@@ -112,8 +112,8 @@ def sample_bits(
 def prepare(generator: Any, params: Any, platform: str = "") -> Prepared:
     """Returns parameters in the layout that the loops read: layers unstacked, kernels cast.
 
-    On a CPU kernels are transposed too, which takes as long as a few groups: do it once for many
-    calls. `platform` is that of the devices by default.
+    On a CPU, kernels are also transposed. That takes as long as a few groups, so do it once for
+    many calls. `platform` defaults to that of the devices.
     """
     transposed = (platform or jax.default_backend()) == "cpu"
     params = cast_kernels(params, generator.dtype)
@@ -127,7 +127,9 @@ def prepare(generator: Any, params: Any, platform: str = "") -> Prepared:
 def start(
     generator: Any, prepared: Prepared, labels: Int[Array, " r"]
 ) -> tuple[tuple[Cache, ...], Float[Array, "r p d"]]:
-    """Returns each layer's cache of the class tokens, and the conditioning of the first group."""
+    """Returns the caches of the class tokens, one per layer, and the conditioning of the first
+    group.
+    """
     head_dim = generator.width // generator.heads
     shape = (len(labels), generator.heads, generator.first, head_dim)
     empty = jnp.zeros(shape, generator.dtype)
@@ -176,7 +178,7 @@ def _through_layers(generator, prepared, caches, x, position, index):
 
 
 def _variables(module, params, transposed, *group, method=None):
-    """-> the parameters and, if transposed, the kernels that a pass over a group transposes."""
+    """Returns the parameters and, if transposed, the kernels that a pass transposes."""
     variables = {"params": params}
     if not transposed:
         return variables

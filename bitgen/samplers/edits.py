@@ -1,7 +1,7 @@
-"""BiGR's zero-shot edits of a user's picture: what is asked for, and which tokens are drawn again.
+"""BiGR's zero-shot edits of a user's picture: their settings, and which tokens are drawn again.
 
-Inpaint, outpaint, class-conditional edit, class interpolation and enrichment (Hao et al.,
-arXiv 2410.14672). Unlike the reference, exactly the masked tokens are drawn, on the schedule of
+Inpainting, outpainting, class-conditional editing, class interpolation and enrichment (Hao et al.,
+arXiv 2410.14672). Unlike in the reference, exactly the masked tokens are drawn, on the schedule of
 their own number, and a known token never changes.
 """
 
@@ -50,7 +50,7 @@ KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class EditInput:
-    """The user's picture and the area marked on it, for the kinds that have them."""
+    """The user's picture and the area marked on it, for kinds that need them."""
 
     picture: Image.Image | None = None
     area: Bool[np.ndarray, "H W"] | None = None
@@ -58,7 +58,7 @@ class EditInput:
 
 @dataclasses.dataclass(frozen=True)
 class EditResult:
-    """The images that an edit made, and what it made them from."""
+    """The images of an edit, and the inputs that they were made from."""
 
     images: UInt8[np.ndarray, "i S S 3"]
     details: list[dict[str, Any]]  # of each image: variant, and ratio or round
@@ -71,7 +71,7 @@ class EditResult:
 def edit_picture(
     config: Any, source: EditInput, generator: Any, tokenizer: Any, mesh: Mesh, mask: Any = None
 ) -> EditResult:
-    """Returns the edit that `config.edit` asks for, whose settings `check_settings` has passed.
+    """Returns the edit that `config.edit` describes; call `check_settings` first.
 
     Args:
       config: its `edit`, `sampler` and `seed` are read.
@@ -107,7 +107,7 @@ def edit_picture(
     return EditResult(images, details, inputs, labels, job, plan)
 
 
-# --------------------------------------------------------------------------- what is asked for
+# ------------------------------------------------------------------------------------- settings
 def check_settings(settings: Any, kind: Kind) -> None:
     """Raises UserError for fields of `config.edit` that are missing, unused or out of range."""
     given = {
@@ -139,8 +139,8 @@ def check_settings(settings: Any, kind: Kind) -> None:
 def read_input(settings: Any, kind: Kind) -> EditInput:
     """Returns the picture, and the area that the mask or the box marks on it.
 
-    Raises UserError if a file cannot be read, the mask has another size than the picture, the box
-    is not inside the picture, or nothing is marked.
+    Raises UserError if a file cannot be read, the mask and the picture differ in size, the box is
+    not inside the picture, or nothing is marked.
     """
     if "image" not in kind.needs:
         return EditInput()
@@ -156,7 +156,7 @@ def read_input(settings: Any, kind: Kind) -> EditInput:
 
 
 def read_labels(settings: Any, generator: Any) -> list[int]:
-    """Returns the classes of `config.edit.label` or `labels`; [] stands for the null class.
+    """Returns the classes of `config.edit.label` or `labels`; [] is the null class.
 
     Raises UserError for a class that the generator does not have, or a wrong number of classes.
     """
@@ -173,12 +173,14 @@ def read_labels(settings: Any, generator: Any) -> list[int]:
 
 
 def make_edit_plan(config: Any, guided: bool) -> MaskedPlan:
-    """Returns the sampler's settings: of `config.edit`, else of its kind, else `config.sampler`."""
+    """Returns the sampler's settings: those of `config.edit`, else the kind's, else
+    `config.sampler`'s.
+    """
     settings, kind = config.edit, KINDS[config.edit.kind]
     fields = {
         **config.sampler,
         "iterations": settings.iterations or kind.iterations,
-        # Guiding the null class away from itself does nothing, at twice the price.
+        # Guiding the null class away from itself changes nothing and costs twice as much.
         "guidance": (settings.guidance or kind.guidance) if guided else 1.0,
         "order": settings.order or kind.order,
         "gumbel": settings.gumbel,
@@ -186,11 +188,11 @@ def make_edit_plan(config: Any, guided: bool) -> MaskedPlan:
     return MaskedPlan(**fields)
 
 
-# --------------------------------------------------------------------------- what is drawn again
+# --------------------------------------------------------------------------------------- drawing
 def encode_input(
     settings: Any, source: EditInput, tokenizer: Any, mesh: Mesh
 ) -> tuple[Bool[np.ndarray, "h w k"], list[Cell]]:
-    """Returns the bits to start from, and pictures of what the model sees."""
+    """Returns the bits to start from, and pictures of the model's input."""
     module = tokenizer.module
     if source.picture is None:
         return np.zeros((*module.grid, module.bits), bool), []
@@ -228,9 +230,9 @@ def plan_edit(
     known: Bool[np.ndarray, "h w k"],
     mask: Any,
 ) -> tuple[redraw.RedrawJob, list[dict[str, Any]]]:
-    """Returns the job for the sampler, and for each image that it makes which one it is.
+    """Returns the job for the sampler, and a name for each image that it makes.
 
-    `mask` [h, w] has the tokens to draw, for the kinds that take an area.
+    `mask` [h, w] has the tokens to draw, for kinds that take an area.
     """
     settings, module = config.edit, generator.module
     details: list[dict[str, Any]] = [{}]  # of the images of one variant
@@ -244,7 +246,7 @@ def plan_edit(
         classes = module.apply({"params": generator.params}, label, method="embed_labels")
         rounds = [[mask]]
     if settings.kind == "enrich":
-        # All variants share one order of the blocks, another in each round.
+        # All variants share an order of the blocks, which differs from round to round.
         rngs = [np.random.default_rng([config.seed, i]) for i in range(settings.rounds)]
         rounds = [redraw.block_masks(module.grid, settings.downsample, rng) for rng in rngs]
         details = [{"round": i + 1} for i in range(settings.rounds)]

@@ -61,8 +61,8 @@ def sample_images(
       mesh: devices that share each batch.
       seed: an image depends on the seed, its index and its label, not on batches or devices.
       first: index of the first image to draw.
-      batch_size: images drawn together.
-      decode_batch: images that a device decodes together; 0: all of its batch.
+      batch_size: number of images drawn together.
+      decode_batch: number of images that a device decodes together; 0: all of its batch.
     """
     sampler = image_sampler(generator.module, tokenizer.module, plan, mesh, decode_batch)
     params = prepare(generator.module, generator.params)
@@ -72,7 +72,7 @@ def sample_images(
 
 
 class LabelBatch(NamedTuple):
-    """One batch of images to draw; rows from `count` on only fill it up."""
+    """One batch of images to draw; the rows from `count` on are padding."""
 
     labels: Int[np.ndarray, " b"]
     keys: PRNGKeyArray  # [b]
@@ -82,7 +82,7 @@ class LabelBatch(NamedTuple):
 def label_batches(
     labels: Int[np.ndarray, " n"], seed: int, mesh: Mesh, *, first: int = 0, batch_size: int = 64
 ) -> Iterator[LabelBatch]:
-    """Yields `labels[first:]` in batches of one size, so that one program serves all of them."""
+    """Yields `labels[first:]` in batches of one size, so that they all use one compiled program."""
     total = len(labels)
     size = round_up_batch(min(batch_size, total), mesh)
     for start in range(first, total, size):
@@ -92,7 +92,7 @@ def label_batches(
 
 
 def image_keys(seed: int, indices: np.ndarray) -> jax.Array:
-    """Returns one key for each image, which depends on the seed and the image's index alone."""
+    """Returns one key for each image, which depends only on the seed and the image's index."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(indices))
 
 
@@ -103,7 +103,7 @@ def image_sampler(
     """Returns f(generator params, tokenizer params, labels [b], keys [b]) -> uint8 [b, H, W, 3].
 
     The generator's parameters may be what `prepare` returned. b must be a multiple of the devices
-    that share a batch. `decode_batch` bounds how many images a device decodes at once; 0: all.
+    that share a batch. `decode_batch` limits how many images a device decodes at once; 0: no limit.
     """
     sample_bits = sampler_of(generator).sample_bits
 
@@ -130,7 +130,7 @@ def image_sampler(
 
 
 def prepare(generator: Any, params: Any, platform: str = "") -> Any:
-    """Returns parameters in the layout that samplers read fastest; worth doing once per model.
+    """Returns parameters in the layout that samplers read fastest; call it once per model.
 
     Only BitDance has such a layout (see `autoregressive.prepare`).
     """
@@ -147,7 +147,7 @@ def default_plan(family: str) -> Plan:
 
 
 def make_plan(generator: Any, settings: Mapping[str, Any]) -> Plan:
-    """Returns a generator's plan; raises UserError if the settings are another family's."""
+    """Returns a generator's plan; raises UserError if the settings belong to another family."""
     family, sampler = _family_of(generator)
     names = [field.name for field in dataclasses.fields(sampler.plan)]
     if sorted(settings) != sorted(names):

@@ -86,7 +86,7 @@ def sample_bits(
       generator: a BiGR.
       params: its parameters.
       classes: labels, or embeddings from `embed_labels`.
-      keys: one key an image, so that an image does not depend on its batch.
+      keys: one key per image, so that an image does not depend on its batch.
       plan: the settings.
       known: bits to start from; they never change where `mask` is false.
       mask: which tokens to draw; the same number in each image.
@@ -108,7 +108,8 @@ def init_loop(
 ):
     """Returns class embeddings [b, d], the first state of `iteration`, and the loop's segments.
 
-    A segment is its window and the stacked x of its iterations. Arguments as in `sample_bits`.
+    A segment is its window and the stacked x of its iterations. The arguments are those of
+    `sample_bits`.
     """
     b, n, k = len(classes), generator.tokens, generator.bits
     if classes.ndim == 1:
@@ -126,7 +127,7 @@ def init_loop(
 
 
 def iteration(generator: Any, params, classes, keys, plan: MaskedPlan, window: int, state, x):
-    """Draws `count` tokens: state (bits [b, n, k], mask [b, n]) -> the state after it.
+    """Draws `count` tokens: takes and returns the state (bits [b, n, k], mask [b, n]).
 
     `window` is at least the number of masked tokens; x is (index, count, guidance, gumbel).
     """
@@ -135,7 +136,7 @@ def iteration(generator: Any, params, classes, keys, plan: MaskedPlan, window: i
     head_keys, gumbel_keys, draw_keys = _split(keys, index)
     cond, uncond = _conditioning(generator, params, bits, mask, classes, plan)
 
-    # The head sees the window alone: masked tokens, then known ones if they are fewer. [b, window]
+    # The head sees only the window: masked tokens, then known ones if there is room. [b, window]
     where = jnp.argsort(~mask, axis=1, stable=True)[:, :window]
     candidate = jnp.take_along_axis(mask, where, axis=1)
     probs = generator.apply(
@@ -162,7 +163,7 @@ def iteration(generator: Any, params, classes, keys, plan: MaskedPlan, window: i
 
 
 def _conditioning(generator: Any, params, bits, mask, classes, plan: MaskedPlan):
-    """-> the head's conditioning with and, if guided, without the class, [b, n, d] each."""
+    """Returns the head's conditioning with the class and, if guided, without it, [b, n, d] each."""
     if plan.guidance == 1:
         cond = generator.apply({"params": params}, bits, mask, classes, method="hidden")
         return cond, None
@@ -180,6 +181,6 @@ def _conditioning(generator: Any, params, bits, mask, classes, plan: MaskedPlan)
 
 
 def _split(keys, index):
-    """[b] keys, iteration -> three [b] keys."""
+    """Returns three keys [b] of an iteration from keys [b]."""
     keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, index), 3))(keys)
     return keys[:, 0], keys[:, 1], keys[:, 2]

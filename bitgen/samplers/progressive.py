@@ -1,4 +1,4 @@
-"""Progressive sampling: the images after each step of the sampler, to show while they are drawn."""
+"""Progressive sampling: the images after each step of the sampler."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -33,7 +33,7 @@ def progressive_images(
 ) -> Iterator[tuple[UInt8[np.ndarray, "n H W c"], Bool[np.ndarray, "n h w"]]]:
     """Yields the images after each step, grey where nothing is drawn yet, and the drawn tokens.
 
-    The last images are those of `samplers.images.sample_images` for the same arguments.
+    The last images equal those of `samplers.images.sample_images` for the same arguments.
 
     Args:
       generator: a loaded model.
@@ -42,7 +42,7 @@ def progressive_images(
       plan: settings of the sampler.
       mesh: devices of this process that share the batch.
       seed: of the images.
-      every: yield every so many steps; the last step is always yielded.
+      every: yield one of `every` steps; the last step is always yielded.
     """
     (batch,) = label_batches(labels, seed, mesh, batch_size=len(labels))
     rows, keys = jax.device_put((batch.labels, batch.keys), batch_sharding(mesh))
@@ -61,9 +61,9 @@ def progressive_bits(
 ) -> Iterator[tuple[Bits, Drawn]]:
     """Yields the bits and the drawn tokens after each step; the last step has drawn all of them.
 
-    The last bits are those of the family's `sample_bits`. BiGR is stopped after each iteration.
-    BitDance, whose steps are too short to stop at, is sampled first and then replayed in its
-    order. Any other family yields its last step alone.
+    The last bits equal those of the family's `sample_bits`. BiGR is stopped after each iteration.
+    BitDance, whose steps are too short for that, is sampled first and then replayed in its order.
+    Other families yield only their last step.
     """
     if isinstance(generator, BiGR):
         yield from _masked_steps(generator, params, labels, keys, plan)
@@ -107,7 +107,7 @@ def _embed(generator, params, labels):
 
 
 def _decode(tokenizer, params, bits, drawn):
-    """Decoded images, grey in place of tokens that are not drawn yet."""
+    """Returns the decoded images, grey in place of tokens that are not drawn yet."""
     images = to_uint8(tokenizer.apply({"params": params}, bits, method="decode"))
     cells = jax.image.resize(drawn, images.shape[:3], "nearest")
     return jnp.where(cells[..., None], images, jnp.full((), 96, jnp.uint8))

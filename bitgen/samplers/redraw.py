@@ -1,4 +1,4 @@
-"""Drawing chosen tokens of an image again: the masked sampler, started from known bits."""
+"""Draws chosen tokens of an image again: the masked sampler, started from known bits."""
 
 import dataclasses
 import functools
@@ -49,8 +49,8 @@ def redraw_images(
       job: what to draw.
       plan: settings of the sampler, used for each mask.
       mesh: devices that share a batch; every device holds the parameters.
-      seed: of the images' keys. An image depends on its index, not on batch size or devices.
-      batch_size: images drawn together, rounded up to a multiple of the devices.
+      seed: an image depends on the seed and its index, not on batch size or devices.
+      batch_size: number of images drawn together, rounded up to a multiple of the devices.
     """
     redraw, decode = make_redraw(generator.module, plan, mesh), _decoder(tokenizer.module, mesh)
     total, passes = len(job.indices), sum(map(len, job.rounds))
@@ -59,7 +59,7 @@ def redraw_images(
     starts = range(0, total, size)
     with ProgressBar("drew", len(starts) * passes, unit="passes") as bar:
         for start in starts:
-            # The last batch is filled up, so that one program serves all.
+            # The last batch is padded, so that all use one compiled program.
             rows = np.minimum(np.arange(start, start + size), total - 1)
             keys, classes = image_keys(seed, job.indices[rows]), job.classes[rows]
             state, after, drawn = np.repeat(job.known[None], size, axis=0), [], 0
@@ -78,13 +78,13 @@ def redraw_images(
     return np.concatenate(bits), np.concatenate(images)
 
 
-# Equal modules, plans and meshes share a program, so that a second edit does not compile again.
+# Equal modules, plans and meshes share a program: a second edit does not compile again.
 @functools.lru_cache(maxsize=8)
 def make_redraw(generator: Any, plan: MaskedPlan, mesh: Mesh):
     """Returns f(params, classes [b,d], known [b,h,w,k], keys [b], mask [h,w]) -> bits [b,h,w,k].
 
-    All images draw the tokens of the one mask. b must be a multiple of the devices that share a
-    batch. Masks of the same number of tokens share a compiled program.
+    All images draw the tokens of one mask. b must be a multiple of the devices that share a batch.
+    Masks with the same number of tokens share a compiled program.
     """
 
     def draw(params, classes, known, keys, mask, masked):
@@ -165,7 +165,9 @@ def block_masks(
 
 
 def mixing_ratios(steps: int) -> Float[np.ndarray, " r"]:
-    """Returns shares of the second class from 0 to 1; 0 steps: BiGR's 27, denser in the middle."""
+    """Returns shares of the second class from 0 to 1; 0 steps stand for BiGR's 27, denser in the
+    middle.
+    """
     if steps:
         return np.linspace(0, 1, steps)
     return np.concatenate([[0.0, 0.1, 0.2], np.linspace(0.3, 0.7, 21), [0.8, 0.9, 1.0]])
@@ -174,7 +176,7 @@ def mixing_ratios(steps: int) -> Float[np.ndarray, " r"]:
 def mix_classes(
     generator: Any, params: Any, first: int, second: int, ratios: Float[np.ndarray, " r"]
 ) -> Float[Array, "r d"]:
-    """Returns class embeddings on the line between two classes: the first at 0, the second at 1."""
+    """Returns class embeddings between two classes: the first at ratio 0, the second at ratio 1."""
     labels = jnp.array([first, second])
     ends = generator.apply({"params": params}, labels, method="embed_labels")
     share = jnp.asarray(ratios, jnp.float32)[:, None]

@@ -14,7 +14,7 @@ from bitgen.errors import UserError, first_line, is_disk_full
 from bitgen.runtime.distributed import all_agree, on_first
 from bitgen.runtime.logging import log_info
 
-# Settings that may change when a run goes on: they do not alter what a step computes.
+# Settings that may change when a run resumes, because they do not change what a step computes.
 FREE = (
     "train.steps",
     "train.log_every",
@@ -77,8 +77,8 @@ class Checkpoints:
     def save(self, step: int, state: Any, data_state: Any) -> None:
         """Starts saving; the arrays may be donated as soon as this returns.
 
-        A disk without space for it, or filled while the save before this one was written, raises
-        UserError; what was saved before stays.
+        Raises UserError if the disk has too little space, or was full during the previous save;
+        what was saved before stays.
         """
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state),
@@ -88,7 +88,7 @@ class Checkpoints:
         self.wait()
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         self.saving = (step, size)
-        # Seen before anything is written: threads that fail to write all have a traceback to show.
+        # Checked before writing: every thread that fails to write prints a traceback.
         disk = shutil.disk_usage(self.directory)
         if not all_agree(disk.free >= size or disk.total == 0):  # 0: it does not say
             raise self._no_space()
@@ -101,7 +101,7 @@ class Checkpoints:
         """Returns the newest state, shaped and sharded like `state`, and the data position.
 
         It may have been saved on another mesh, or by other processes. A checkpoint that cannot be
-        read is moved aside to `checkpoints_broken`, with one line, and the one before it taken;
+        read is moved to `checkpoints_broken`, with one line, and the one before it is used;
         UserError if none is left.
         """
         shapes, broken = jax.tree.map(_abstract, state), []
@@ -124,9 +124,10 @@ class Checkpoints:
         )
 
     def _read(self, step: int, shapes: Any) -> tuple[tuple[Any, Any] | None, str]:
-        """-> state and position, None if a process cannot read its part; and why this one cannot.
+        """Returns state and position, None if a process cannot read its part; and this process's
+        error.
 
-        Without Orbax's manager, in which the others would wait for a process that fails.
+        It does not use Orbax's manager, in which the others would wait for a process that fails.
         """
         folder, found, fault = self.directory / str(step), None, ""
         args = ocp.args.PyTreeRestore(
@@ -154,7 +155,7 @@ class Checkpoints:
         return str(folder / str(step))
 
     def wait(self) -> None:
-        """Returns when the save under way is on disk; raises UserError if the disk is full."""
+        """Returns when the current save is on disk; raises UserError if the disk is full."""
         try:
             self.manager.wait_until_finished()
         except Exception as e:
@@ -162,21 +163,23 @@ class Checkpoints:
         self.saving = None
 
     def close(self) -> None:
-        """Waits, and lets go of the directory."""
+        """Waits, and closes the directory."""
         try:
             self.manager.close()
         except Exception as e:
             raise self._full(e) from None
 
     def _full(self, error: Exception) -> Exception:
-        """-> what to raise of a save that failed: one line about a full disk, or the error."""
+        """Returns the error to raise for a failed save: one line about a full disk, or the error
+        itself.
+        """
         if self.saving is None or not is_disk_full(error):
             return error
         self._remove_unfinished()
         return self._no_space()
 
     def _remove_unfinished(self) -> None:
-        """Removes what a save that was killed or failed has left."""
+        """Removes what a killed or failed save has left."""
         for rest in self.directory.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(rest, ignore_errors=True)
 
@@ -193,7 +196,7 @@ class Checkpoints:
 
 
 def _read_json(folder: Path) -> Any:
-    """Returns what Orbax saved as JSON in a folder, None if it is damaged."""
+    """Returns the JSON that Orbax saved in a folder, None if it is damaged."""
     for name in ("metadata", "process_*.json"):  # grain's handler saved the second
         for file in sorted(folder.glob(name)):
             try:
@@ -204,7 +207,7 @@ def _read_json(folder: Path) -> Any:
 
 
 def _handler() -> ocp.PyTreeCheckpointHandler:
-    """Saves a small replicated array from one device: slices of it from each cost more."""
+    """Returns a handler that saves small replicated arrays from one device, not slices of each."""
     arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=1 << 20)
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
@@ -226,7 +229,7 @@ def _check_same_run(workdir: Path, saved: dict[str, Any], config: dict[str, Any]
         more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
         raise UserError(
             f"{workdir} holds a run of a different config: {'; '.join(changed[:3])}{more}; "
-            "choose another --workdir, or the same settings to go on"
+            "choose another --workdir, or the same settings to resume"
         )
 
 

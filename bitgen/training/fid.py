@@ -1,4 +1,4 @@
-"""FID of a few images on a schedule, in a training loop."""
+"""FID of a few images on a schedule during training."""
 
 import hashlib
 import json
@@ -31,15 +31,14 @@ Images = Iterable[UInt8[np.ndarray, "b H W 3"]]
 def check(config: Any, mesh: Mesh) -> Extractor | None:
     """Returns the extractor that a run needs, None if `config.train.fid_every` is 0.
 
-    Raises UserError if the weights are missing or the settings make no sense: call it before
-    anything that takes long.
+    Raises UserError if the weights are missing or the settings make no sense; call it early.
     """
     settings = config.train
     if not settings.fid_every:
         return None
     if settings.fid_images < 2:
         raise UserError(
-            f"config.train.fid_images={settings.fid_images}: FID needs two images at least; "
+            f"config.train.fid_images={settings.fid_images}: FID needs at least two images; "
             "config.train.fid_every=0 measures none"
         )
     try:
@@ -54,8 +53,8 @@ def start(
 ) -> Callable[[Any], dict[str, float]]:
     """Returns f(averaged parameters) -> `fid`, or `rfid` of a tokenizer, and `fid_images`.
 
-    With few images FID is too high by an amount that depends on their number: compare it within
-    one run only. The reference is `find_reference`'s. Every process must call this and f.
+    With few images FID is too high by an amount that depends on their number; compare it within one
+    run only. The reference is that of `find_reference`. Every process must call this and f.
     """
     count = config.train.fid_images
     make = task.image_maker(mesh, extractor.rows, count)
@@ -72,10 +71,10 @@ def start(
 def find_reference(
     config: Any, task: Any, mesh: Mesh, extractor: Extractor, workdir: Path
 ) -> Gaussian:
-    """Returns the statistics that a task is compared with, computed once and kept in the workdir.
+    """Returns the reference statistics of a task, computed once and kept in the workdir.
 
-    A tokenizer is compared with the images that it reconstructs. A generator is compared with
-    `config.evaluate.reference`, or with `config.evaluate.images` of the split it trains on.
+    A tokenizer is compared with the images that it reconstructs, a generator with
+    `config.evaluate.reference` or with `config.evaluate.images` of its training split.
     """
     settings, generator = config.evaluate, task.fid_name == "fid"
     if generator and settings.reference:
@@ -117,7 +116,8 @@ def find_reference(
 def image_moments(batches: Images, extractor: Extractor, *, shares: bool = False) -> Moments:
     """Returns the moments of the features of images, the same on every process.
 
-    `batches` are the same on every process or, with `shares`, its own rows of every batch.
+    `batches` are the same on every process or, with `shares`, the process's own rows of every
+    batch.
     """
     moments = Moments(extractor.size)
     for features in extractor.stream(batches, shares=shares):
@@ -128,9 +128,9 @@ def image_moments(batches: Images, extractor: Extractor, *, shares: bool = False
 def data_pass(
     config_data: Any, rows: int, *, split: str, images: int = 0
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yields this process's share of a split of `config.data`, `rows` a batch or fewer.
+    """Yields this process's share of a split of `config.data`, at most `rows` per batch.
 
-    images: so many at most, evenly spread over the split; 0: all.
+    images: the number at most, evenly spread over the split; 0: all.
     """
     batches = read_share(config_data, split, limit=images, rows=rows)
     try:

@@ -1,4 +1,4 @@
-"""Training a generator: bits from a frozen tokenizer or from disk, masked or in order."""
+"""Training of generators on bits, from a frozen tokenizer or from disk."""
 
 import dataclasses
 import functools
@@ -29,15 +29,15 @@ PyTree = Any
 
 
 class GeneratorTask:
-    """Masked modelling as in BiGR or the next tokens as in BitDance: the module's `loss`."""
+    """Masked modelling (BiGR) or next-token prediction (BitDance): the module's own `loss`."""
 
     fid_name = "fid"
 
     def __init__(self, config: Any, files: bool = True):
         """Builds the module and checks that it fits the bits; computes nothing.
 
-        Without `files` it has shapes and a step but no weights of a tokenizer: stored bits need not
-        be there, and a tokenizer of the zoo is not fetched. Raises UserError if bits a token, grid
+        Without `files` it has shapes and a step but no tokenizer weights: stored bits need not
+        exist, and a released tokenizer is not downloaded. Raises UserError if bits per token, grid
         or classes differ from those of the data.
         """
         self.config = config
@@ -68,7 +68,7 @@ class GeneratorTask:
 
     @functools.cached_property
     def tokenizer(self) -> model_directory.Model:
-        """The one of the config; UserError if there is none."""
+        """The tokenizer of the config; UserError if there is none."""
         return model_directory.load(self.config.tokenizer, "tokenizer")
 
     def frozen(self) -> PyTree:
@@ -78,7 +78,7 @@ class GeneratorTask:
         return {"tokenizer": self.tokenizer.params}
 
     def frozen_shapes(self) -> PyTree:
-        """Returns the shapes of `frozen`, reading no weights."""
+        """Returns the shapes of `frozen` without reading weights."""
         return {} if self.packed else {"tokenizer": build.param_shapes(self.tokenizer_module)}
 
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -103,11 +103,13 @@ class GeneratorTask:
         )
 
     def start_from(self, state: TrainState, model: model_directory.Model) -> TrainState:
-        """Returns the state with the parameters of a model directory; UserError if sizes differ."""
+        """Returns the state with the parameters of a model directory; UserError if the sizes
+        differ.
+        """
         return with_params(state, model.params, model.path)
 
     def stage(self, step: int) -> bool:
-        """Returns False: every step is compiled alike."""
+        """Returns False: there is one compiled step."""
         del step
         return False
 
@@ -140,7 +142,7 @@ class GeneratorTask:
         return {name: float(value) for name, value in metrics.items()}
 
     def preview(self, state: TrainState, batch: dict) -> dict[str, np.ndarray]:
-        """Returns samples of the averaged model, a column a class; none without a tokenizer."""
+        """Returns samples of the averaged model, one column per class; none without a tokenizer."""
         del batch
         if not self.config.tokenizer:
             return {}
@@ -169,7 +171,7 @@ class GeneratorTask:
     def errors(
         self, params: PyTree, frozen: PyTree, batch: dict, key: jax.Array
     ) -> dict[str, jax.Array]:
-        """Returns each held-out example's loss, [b]: masks and noises depend on the key alone."""
+        """Returns the loss of each held-out example, [b]; masks and noise depend on the key."""
         bits_key, loss_key = jax.random.split(key)
         bits = self._bits(frozen, batch, bits_key)
 
@@ -189,8 +191,8 @@ class GeneratorTask:
         """Returns f(parameters) -> batches of `count` samples, all classes equally often.
 
         Batches have `rows` rows for each process, and every process gets all of them. An image
-        depends on `config.seed` and its index alone. Raises UserError at once if no tokenizer
-        fits, or the sampler's settings are another family's.
+        depends only on `config.seed` and its index. Raises UserError at once if no tokenizer fits,
+        or the sampler's settings belong to another family.
         """
         ours = model_directory.Model(self.module, {}, self.info, "of config.model")
         model_directory.check_fit(ours, self.tokenizer)
@@ -200,9 +202,9 @@ class GeneratorTask:
         return lambda params: self._sample(params, labels, mesh, batch_size)
 
     def real_images(self, mesh: Mesh, rows: int, count: int) -> Iterator[np.ndarray]:
-        """Yields images of the data, `rows` a batch of this process; `count` 0: all.
+        """Yields images of the data, `rows` per batch of this process; `count` 0: all.
 
-        Of packed bits, what the tokenizer makes of them: the generator can be no better.
+        Packed bits are decoded by the tokenizer, which bounds the quality of the generator.
         """
         c = self.config.data
         batches = data_pass(c, rows, split=c.split, images=count)
@@ -222,7 +224,7 @@ class GeneratorTask:
             yield local_rows(decode(params, placed["bits"]))[: len(batch["bits"])]
 
     def _bits(self, frozen, batch, key):
-        """-> bool [b, h, w, k]."""
+        """Returns bool [b, h, w, k]."""
         if self.packed:
             return unpack_bits(batch["bits"], self.module.bits)
         images = from_uint8(batch["image"])

@@ -1,4 +1,4 @@
-"""What a run does after a step: numbers, pictures, checkpoints, the averaged model, metrics."""
+"""What happens after a training step: logs, pictures, checkpoints, the averaged model, metrics."""
 
 import dataclasses
 import time
@@ -105,7 +105,7 @@ class Hooks:
         self.log.scalars(step, {**self.task.summarise(metrics), **speed, **counts})
 
     def _mean(self, metrics: list[dict[str, Any]], step: int) -> dict[str, Any]:
-        """-> the mean over steps; UserError that names the first step whose loss is not finite."""
+        """Returns the mean over steps; UserError names the first step whose loss is not finite."""
         for i, m in enumerate(metrics, start=step + 1 - len(metrics)):
             if not np.isfinite(m["loss"]):
                 kept = f"{self.workdir} keeps the checkpoint of step {self.saved}"

@@ -1,4 +1,4 @@
-"""Where a run's numbers and pictures go: console, TensorBoard and `metrics.jsonl`."""
+"""Metrics and pictures of a run: console, TensorBoard and `metrics.jsonl`."""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ from bitgen.runtime import devices
 
 
 class RunLog:
-    """Writes scalars and pictures of one run; silent on all processes but the first."""
+    """Writes scalars and pictures of one run; does nothing on all processes but the first."""
 
     def __init__(self, workdir: str | os.PathLike):
         self.workdir = Path(workdir)
@@ -49,7 +49,7 @@ class RunLog:
         return path
 
     def close(self) -> None:
-        """Flushes everything, and draws `curves.png` of the numbers."""
+        """Flushes everything and draws `curves.png`."""
         if self.writer is not None:
             self.writer.flush()
             self.writer.close()
@@ -59,7 +59,7 @@ class RunLog:
 
 
 class Progress:
-    """Makes the progress line: step, loss, images/s, time left, and what the device reaches."""
+    """Makes the progress line: step, loss, images/s, time left, and utilisation of the device."""
 
     def __init__(self, first: int, last: int, batch_size: int, flops: int):
         self.last, self.batch_size, self.flops = last, batch_size, flops
@@ -90,7 +90,7 @@ class Progress:
 
 
 def merged(metrics: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """Returns the mean of each metric over steps, NaN left out (a metric that some steps lack)."""
+    """Returns the mean of each metric over steps; NaN, of steps that lack it, is left out."""
     names = {name for m in metrics for name in m}
     return {
         name: np.mean(np.stack([m[name] for m in metrics if name in m]), axis=0)

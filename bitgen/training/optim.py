@@ -41,8 +41,8 @@ def make_optimiser(
 ) -> optax.GradientTransformation:
     """Returns clipping, Adam or AdamW, and the schedule.
 
-    Weight decay leaves out leaves whose path matches any of `config.no_decay`. Leaves that match
-    any of `freeze` are not changed at all, have no moments, and no part in the clipped norm.
+    Leaves whose path matches any of `config.no_decay` have no weight decay. Leaves that match any
+    of `freeze` do not change, and have no moments and no part in the clipped norm.
     """
 
     def decayed(params):
@@ -71,7 +71,7 @@ def make_optimiser(
 
 
 def trained(params: PyTree, freeze: Sequence[str]) -> PyTree:
-    """Returns which leaves no pattern of `freeze` is found in the path of: a tree of bools.
+    """Returns a tree of bools: which leaves have a path that no pattern of `freeze` is found in.
 
     Raises UserError for a pattern that is in no path or is no regular expression.
     """
@@ -81,7 +81,7 @@ def trained(params: PyTree, freeze: Sequence[str]) -> PyTree:
             found = any(re.search(pattern, path) for path in paths)
         except re.error as error:
             raise UserError(
-                f"config.train.freeze: {pattern!r} is no regular expression ({error})"
+                f"config.train.freeze: {pattern!r} is not a regular expression ({error})"
             ) from error
         if not found:
             some = ", ".join(paths[:: max(len(paths) // 4, 1)][:5])
@@ -97,12 +97,12 @@ def trained(params: PyTree, freeze: Sequence[str]) -> PyTree:
 
 
 def where_trained(mask: PyTree, new: PyTree, old: PyTree) -> PyTree:
-    """Returns the leaves of `new` that are trained, and those of `old` that are frozen."""
+    """Returns the trained leaves of `new` and the frozen leaves of `old`."""
     return jax.tree.map(lambda t, n, o: n if t else o, mask, new, old)
 
 
 def path_name(path: Sequence[Any]) -> str:
-    """Returns a leaf's path as patterns see it: `encoder/conv/kernel`."""
+    """Returns a leaf's path for patterns: `encoder/conv/kernel`."""
     return "/".join(str(k.key) for k in path)
 
 
@@ -115,8 +115,8 @@ def accumulate_gradients(
 ) -> tuple[tuple[Float[Array, ""], PyTree], PyTree]:
     """Returns ((value, metrics), gradients) of `loss_fn(params, batch, key) -> (value, metrics)`.
 
-    With more than one part, all three are means over equal parts of the batch, as `mean_of_parts`
-    takes them, in the memory of one part.
+    With several parts, all three are means over equal parts of the batch (see `mean_of_parts`), in
+    the memory of one part.
     """
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
     return mean_of_parts(lambda part, key: gradient(params, part, key), batch, key, parts)
@@ -132,8 +132,8 @@ def mean_of_parts(
 
     The leaves of `batch` are [b, ...], b a multiple of `parts` times the devices that share it;
     those of the result are float32. Part i holds the examples i, i + parts, i + 2 parts, ... (of
-    each device its own, so that nothing moves) and has the key folded with i. One part is the whole
-    batch with the key as it is, and its result is not converted.
+    each device its own, so that nothing moves) and gets the key folded with i. A single part is the
+    whole batch with the unchanged key, and its result is not converted.
     """
     if parts == 1:
         return function(batch, key)

@@ -1,4 +1,4 @@
-"""What training carries from step to step."""
+"""The train state, and the compiled step that updates it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +20,7 @@ PyTree = Any
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that a checkpoint needs to go on; networks by name, `model` always among them."""
+    """Everything that a checkpoint needs; networks by name, always with `model`."""
 
     step: jax.Array
     params: dict[str, PyTree]
@@ -30,7 +30,7 @@ class TrainState:
 
 
 def ema_update(ema: PyTree, params: PyTree, step: jax.Array, decay: float, every: int) -> PyTree:
-    """Returns the moving average after a step; it moves once in `every` steps."""
+    """Returns the moving average after a step; it is updated once in `every` steps."""
     moved = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
     if every == 1:
         return moved
@@ -39,7 +39,7 @@ def ema_update(ema: PyTree, params: PyTree, step: jax.Array, decay: float, every
 
 
 def with_leaves(tree: PyTree, leaves: PyTree) -> PyTree:
-    """Returns nested dicts with the leaves that `leaves`, of some of the same paths, holds."""
+    """Returns nested dicts in which the leaves of `leaves` replace those of the same paths."""
     if not isinstance(leaves, Mapping):
         return leaves.astype(tree.dtype)
     return {**tree, **{name: with_leaves(tree[name], part) for name, part in leaves.items()}}
@@ -48,11 +48,11 @@ def with_leaves(tree: PyTree, leaves: PyTree) -> PyTree:
 def with_params(state: TrainState, params: PyTree, what: str) -> TrainState:
     """Returns the state with the model's parameters, and their average, replaced by `params`.
 
-    Raises UserError if they are not those of the same model; `what` names where they come from.
+    Raises UserError if they are those of another model; `what` names their origin.
     """
     if faults := build.shape_faults(params, state.params["model"]):
         raise UserError(
-            f"{what} is not of the sizes of config.model: {faults[0]} "
+            f"{what} does not have the sizes of config.model: {faults[0]} "
             f"({len(faults)} differ); set config.model as its model.json says"
         )
     placed = jax.tree.map(
@@ -66,13 +66,13 @@ def with_params(state: TrainState, params: PyTree, what: str) -> TrainState:
 
 
 def init_sharded(init: Any, key: jax.Array, rules: Rules, mesh: Mesh) -> tuple[Any, Any]:
-    """Returns init(key) computed where it lives, and its shardings."""
+    """Returns init(key), computed with its final shardings, and the shardings."""
     shapes = jax.eval_shape(init, key)
     shardings = tree_shardings(shapes, rules, mesh)
     if mesh.shape["fsdp"] > 1 and (whole := whole_leaves(shapes, shardings)):
         log_info(
             f"{len(whole)} arrays have no axis that config.mesh.fsdp={mesh.shape['fsdp']} divides "
-            f"and lie whole on every device: {whole[0]}, ..."
+            f"and are replicated: {whole[0]}, ..."
         )
     return jax.jit(init, out_shardings=shardings)(key), shardings
 
@@ -81,7 +81,7 @@ def step_program(task: Any, shardings: Any, mesh: Mesh, key: jax.Array) -> Any:
     """Returns the jitted f(state, frozen, batch, stage) -> (state, metrics) of a task.
 
     The state is donated; `stage` is static. Step i has the key folded with i. If the batch has
-    flags `stop`, the metrics say whether any is set.
+    flags `stop`, the metrics tell whether any is set.
     """
 
     def train_step(state: TrainState, frozen: PyTree, batch: PyTree, stage: bool):

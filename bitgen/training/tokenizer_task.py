@@ -1,4 +1,4 @@
-"""Training a tokenizer: reconstruction, perceptual and adversarial losses through the bits."""
+"""Training of tokenizers: reconstruction, perceptual and adversarial losses through the bits."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -37,10 +37,11 @@ LECAM_DECAY = 0.999  # of the running mean logits, arXiv 2104.03310
 
 
 class TokenizerTask:
-    """Binary Latent Diffusion's recipe (arXiv 2304.04820) for every family, each part by config.
+    """Binary Latent Diffusion's recipe (arXiv 2304.04820) for every family, each part set by the
+    config.
 
-    A module's statistics (of batch norms) are parameters too, with a gradient of zero: in training
-    it puts their new values into the collection "moved", at their own paths.
+    The statistics of batch norms are parameters with a gradient of zero. In training, the module
+    puts their new values into the collection "moved", at the same paths.
     """
 
     fid_name = "rfid"
@@ -62,13 +63,13 @@ class TokenizerTask:
             )
 
     def frozen(self) -> PyTree:
-        """Returns what the step reads but does not train: LPIPS, if its weight is not 0."""
+        """Returns what the step reads but does not train: LPIPS, unless its weight is 0."""
         if self.config.loss.perceptual_weight == 0:
             return {}
         return {"lpips": load_lpips(self.config.loss.perceptual_weights)}
 
     def frozen_shapes(self) -> PyTree:
-        """Returns the shapes of `frozen`, reading no weights."""
+        """Returns the shapes of `frozen` without reading weights."""
         if self.config.loss.perceptual_weight == 0:
             return {}
         return {
@@ -79,7 +80,7 @@ class TokenizerTask:
         }
 
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Returns the shapes of a global batch, without the labels, which are not read."""
+        """Returns the shapes of a global batch, without labels, which are not read."""
         size = self.config.data.image_size
         shape = (self.config.train.batch_size, size, size, 3)
         return {"image": jax.ShapeDtypeStruct(shape, jnp.uint8)}
@@ -105,9 +106,10 @@ class TokenizerTask:
         )
 
     def start_from(self, state: TrainState, model: model_directory.Model) -> TrainState:
-        """Returns the state with the parameters of a model directory; UserError if sizes differ.
+        """Returns the state with the parameters of a model directory; UserError if the sizes
+        differ.
 
-        The discriminator that an imported model was trained against goes on too.
+        An imported model's discriminator is taken over as well.
         """
         state = with_params(state, model.params, model.path)
         carried = model_directory.load_carried(model.path)
@@ -140,8 +142,8 @@ class TokenizerTask:
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """Returns the state after one step on uint8 images [b, H, W, 3], and metrics.
 
-        With `config.train.accumulate` parts, gradients, metrics and moved statistics are the means
-        of those of the parts; all networks move once. Raises UserError for a loss on the code
+        With `config.train.accumulate` parts, gradients, metrics and moved statistics are means over
+        the parts, and all networks are updated once. Raises UserError for a loss on the code
         without a weight.
         """
         metrics, gradients, moved, stats = optim.mean_of_parts(
@@ -170,16 +172,17 @@ class TokenizerTask:
         return TrainState(state.step + 1, params, opt, ema, stats), metrics
 
     def summarise(self, metrics: dict[str, np.ndarray]) -> dict[str, float]:
-        """Returns the scalars of a log interval, with how much of the code is in use."""
+        """Returns the scalars of a log interval, with the use of the code."""
         p = self.bits_mean = metrics.pop("bits_mean", None)
         scalars = {name: float(value) for name, value in metrics.items()}
         return scalars if p is None else {**scalars, **bit_usage(p)}  # None: continuous latents
 
     def preview(self, state: TrainState, batch: dict) -> dict[str, np.ndarray]:
-        """Returns pictures: images above the averaged model's reconstructions, and each bit's use.
+        """Returns pictures: images above the averaged model's reconstructions, and the use of each
+        bit.
 
-        The second is of the last log interval, if there was one: bars of how often each bit is set,
-        and of its entropy in bits.
+        The second has bars of how often each bit is set and of its entropy in bits, over the last
+        log interval, if there was one.
         """
         images = np.asarray(batch["image"])
         recon = fetch_global(self._reconstruct(state.ema, images))
@@ -193,13 +196,13 @@ class TokenizerTask:
         return jax.jit(lambda params, images: to_uint8(self._through(params, images)))
 
     def _through(self, params, images):
-        """uint8 images -> their reconstructions, not clipped."""
+        """Returns the reconstructions of uint8 images, not clipped."""
         return through(self.module, params, images)[1]
 
     def errors(
         self, params: PyTree, frozen: PyTree, batch: dict, key: jax.Array
     ) -> dict[str, jax.Array]:
-        """Returns each held-out image's l1, as in the loss, and psnr of 8-bit pixels, [b]."""
+        """Returns l1, as in the loss, and psnr of 8-bit pixels of each held-out image, [b]."""
         del frozen, key
         images, recon = from_uint8(batch["image"]), self._through(params, batch["image"])
         low, high = self.config.loss.pixel_range
@@ -225,7 +228,7 @@ class TokenizerTask:
         return make
 
     def real_images(self, mesh: Mesh, rows: int, count: int) -> Iterator[np.ndarray]:
-        """Yields `count` images of the data, `rows` a batch of this process, evenly spread."""
+        """Yields `count` images of the data, `rows` per batch of this process, evenly spread."""
         del mesh
         c = self.config.data
         return pixels(data_pass(c, rows, split=c.split, images=count))
@@ -235,7 +238,9 @@ class TokenizerTask:
         return optim.where_trained(optim.trained(new, freeze), new, old) if freeze else new
 
     def _gradients(self, state, frozen, images, key, adversarial_stage):
-        """-> metrics, gradients by network, the model's and other networks' moved statistics."""
+        """Returns metrics, gradients by network, and the model's and other networks' moved
+        statistics.
+        """
         bits_key, fake_key, pair_key = jax.random.split(key, 3)
         images = from_uint8(images)
 
@@ -269,12 +274,14 @@ class TokenizerTask:
         return metrics, gradients, moved, stats
 
     def _balanced_loss(self, losses, recon, last_input, params):
-        """Balances reconstruction and fooling -> value, metrics, moved statistics."""
+        """Returns value, metrics and moved statistics of the balanced reconstruction and GAN
+        losses.
+        """
         config = self.config.loss
         kernel = params
         for name in (*self.module.last_layer, "kernel"):
             kernel = kernel[name]
-        # A last layer may make the pixels of a square as channels, to be shuffled into place.
+        # The channels of a last layer may be the pixels of a square, to be shuffled into place.
         side = getattr(self.module, "last_shuffle", 1)
         unshuffled = pixel_unshuffle(recon, side)
         gradients = adversarial.last_layer_gradients(
@@ -292,7 +299,9 @@ class TokenizerTask:
         return value, {**metrics, "gan": gradients.values[1], "gan_weight": weight}, stats
 
     def _code_loss(self, aux):
-        """-> the weighted losses on the code, and their values with the share of ones of a bit."""
+        """Returns the weighted losses on the code, and their values with the share of ones of each
+        bit.
+        """
         total, metrics = jnp.zeros(()), dict(aux["losses"])
         for name, value in aux["losses"].items():
             weight = self.config.loss.get(f"{name}_weight")
@@ -311,7 +320,7 @@ class TokenizerTask:
         return total, metrics
 
     def _reconstruction_loss(self, frozen, images, recon):
-        """-> the scalar and its parts, in the model's own pixel range."""
+        """Returns the loss and its parts, in the model's own pixel range."""
         loss = self.config.loss
         low, high = loss.pixel_range
         images, recon = ((x + 1) * ((high - low) / 2) + low for x in (images, recon))
@@ -327,7 +336,7 @@ class TokenizerTask:
         return total, parts
 
     def _judge(self, params, stats, images, key):
-        """-> logits of the discriminator and its moved batch statistics."""
+        """Returns the logits of the discriminator and its moved batch statistics."""
         if self.config.loss.gan_augment:
             images = diff_augment((images + 1) / 2, key) * 2 - 1
         logits, moved = self.discriminator.apply(
@@ -342,7 +351,7 @@ class TokenizerTask:
         return adversarial.generator_loss(logits), {"discriminator": moved}
 
     def _discriminator_gradient(self, state, stats, images, recon, key):
-        """-> the gradient of the discriminator's losses, with metrics and moved statistics."""
+        """Returns the gradient of the discriminator's losses, with metrics and moved statistics."""
         real_key, fake_key = jax.random.split(key)
         recon = jax.lax.stop_gradient(recon)
 
@@ -364,7 +373,7 @@ class TokenizerTask:
 
 
 def _last_sown(moved: PyTree) -> PyTree:
-    """`sow` keeps a tuple of the values of every call."""
+    """Returns the last of the values that `sow` keeps for every call."""
     return jax.tree.map(
         lambda leaf: leaf[-1] if isinstance(leaf, tuple) else leaf,
         moved,

@@ -1,4 +1,4 @@
-"""Errors on held-out examples, for a training loop to measure on a schedule."""
+"""Errors on held-out examples on a schedule during training."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,8 +20,7 @@ def start(config: Any, task: Any, mesh: Mesh, frozen: Any) -> Callable[[Any], di
     """Returns f(averaged parameters) -> `val_NAME`, the mean of each of the task's `errors`.
 
     The mean is over the held-out split of `config.data`, with the same random draws each time;
-    `val_examples` says how many examples it has. Every process must call f, and measures its share.
-
+    `val_examples` is the number of examples. Every process must call f, and measures its share.
     Raises UserError if the run trains on the held-out examples, or there are none.
     """
     if config.data.split != "train" or not config.data.holdout:

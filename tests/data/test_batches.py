@@ -473,7 +473,7 @@ def test_a_bits_folder_is_written_around_broken_files_and_resumed(broken, tmp_pa
     [
         ({"crop": "square"}, r"unknown crop 'square', have \['center', 'random', 'resize'\]"),
         ({"split": "val"}, r"unknown data split 'val', have \['all', 'test', 'train'\]"),
-        ({"holdout": 1.5}, r"holdout is a share in \[0, 1\), got 1.5"),
+        ({"holdout": 1.5}, r"holdout must be in \[0, 1\), got 1.5"),
         (
             {"holdout": 0.0, "split": "test"},
             "split 'test' of 23 examples with holdout=0.0 is empty",
@@ -481,10 +481,10 @@ def test_a_bits_folder_is_written_around_broken_files_and_resumed(broken, tmp_pa
         ({"crop_scale_min": 1.2}, "0 < crop_scale_min <= crop_scale_max <= 1, got 1.2 and 1.0"),
         ({"crop_fade_start": 5}, "0 <= crop_fade_start < crop_fade_end, .* got 5 and -1"),
         ({"crop_fade_start": 5, "crop_fade_end": 5}, "or -1 for both, got 5 and 5"),
-        ({"image_size": 0}, "config.data.image_size is at least 1, got 0"),
-        ({"threads": 0}, "config.data.threads is at least 1"),
-        ({"workers": -1}, "config.data.workers is at least 0"),
-        ({"prefetch": 0}, "config.data.prefetch is at least 1"),
+        ({"image_size": 0}, "config.data.image_size must be at least 1, got 0"),
+        ({"threads": 0}, "config.data.threads must be at least 1"),
+        ({"workers": -1}, "config.data.workers must be at least 0"),
+        ({"prefetch": 0}, "config.data.prefetch must be at least 1"),
     ],
 )
 def test_wrong_settings_are_named(images, changes, message):

@@ -192,7 +192,7 @@ def test_bad_meta_and_bad_folders_are_refused(tmp_path):
     (tmp_path / "b" / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match=r"is not empty and has no bits.json"):
         PackedWriter(tmp_path / "b", META)
-    with pytest.raises(UserError, match="is no bits folder"):
+    with pytest.raises(UserError, match="is not a folder of bits"):
         PackedSource(tmp_path / "nowhere")
 
 

@@ -131,7 +131,10 @@ def test_list_errors_name_the_line(tmp_path):
     with pytest.raises(UserError, match="is empty; wanted"):
         listed(tmp_path, "\n \n")
     (tmp_path / "no.txt").write_bytes(png(0))
-    for path, message in (("no.txt", "is no text"), ("other.txt", "does not exist; set config")):
+    for path, message in (
+        ("no.txt", "is not a text file"),
+        ("other.txt", "does not exist; set config"),
+    ):
         with pytest.raises(UserError, match=message):
             data.make_source(config(source="list", path=str(tmp_path / path)))
 
@@ -238,7 +241,7 @@ def test_tar_without_any_place_for_its_index_still_works(images_tar, monkeypatch
     images_tar.with_name("images.tar.index.npz").mkdir()
     (images_tar.parent / "cache").write_text("a file")
     check_tar(data.make_source(config(source="tar", path=str(images_tar))))
-    assert "could not be kept" in caplog.text
+    assert "cannot be stored" in caplog.text
 
 
 def test_tar_errors(tmp_path):
@@ -250,7 +253,7 @@ def test_tar_errors(tmp_path):
     path = tmp_path / "a.tar"
     assert "a.tar' does not exist; set config.data.path" in error(path)
     path.write_bytes(b"x" * 5000)
-    assert "is no tar or is damaged" in error(path)
+    assert "is not a tar file, or it is damaged" in error(path)
     with tarfile.open(path, "w") as flat:
         flat.addfile(tarfile.TarInfo("1.JPEG"), io.BytesIO())
     assert "holds no inner tars" in error(path)
@@ -260,7 +263,7 @@ def test_tar_errors(tmp_path):
     for size in (len(path.read_bytes()) * 2 // 5, 6000):  # between members, and inside of one
         part = tmp_path / f"part{size}.tar"
         part.write_bytes(path.read_bytes()[:size])
-        assert "is no tar or is damaged" in error(part)
+        assert "is not a tar file, or it is damaged" in error(part)
     assert not list(tmp_path.glob("*.npz"))
 
 
@@ -336,5 +339,5 @@ def test_tfds_errors_are_one_line(tfds_dir):
     assert "needs config.data.builder" in error("", "train")
     assert "cannot open tfds no_such[train]" in error("no_such", "train")
     assert "Unknown split 'test'" in error("with_labels", "test")
-    assert "the labels of tfds numbers[train] are no classes" in error("numbers", "train")
+    assert "the labels of tfds numbers[train] are not classes" in error("numbers", "train")
     assert "has no 'image' feature, it has ['text']" in error("text_only", "train")

@@ -73,7 +73,7 @@ def test_bad_uploads_are_refused_in_words(tools, tmp_path):
     Image.fromarray(noise).save(tmp_path / "whole.png")
     cases = [
         (None, "no picture was chosen"),
-        (write("notes.png", b"hello"), r"^notes\.png is no picture that can be read"),
+        (write("notes.png", b"hello"), r"^notes\.png cannot be read as a picture"),
         (write("empty.jpg", b""), r"^empty\.jpg is no picture"),
         (write("large.png", bytes(100_001)), r"^large\.png is larger than 0\.1 MB"),
         (

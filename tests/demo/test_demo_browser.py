@@ -244,7 +244,7 @@ def test_inpainting_changes_what_is_painted_only(browser, tmp_path):
 def test_bad_uploads_are_refused_and_the_page_goes_on(browser, tmp_path):
     (tmp_path / "notes.png").write_text("no picture at all")
     upload(browser, tmp_path / "notes.png")
-    message(browser, "notes.png is no picture that can be read")
+    message(browser, "notes.png cannot be read as a picture")
     noise = np.random.default_rng(0).integers(0, 256, (280, 280, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "large.png")
     upload(browser, tmp_path / "large.png")

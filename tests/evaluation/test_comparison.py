@@ -71,7 +71,7 @@ def test_names():
     assert found == {"x": "runs/x/model", "b": "zoo:y", "z": "runs/z"}
     with pytest.raises(UserError, match="two named 'x'"):
         comparison.parse_tokenizers("a/x/model,b/x/model")
-    with pytest.raises(UserError, match="two at least"):
+    with pytest.raises(UserError, match="at least two"):
         comparison.parse_tokenizers("a")
 
 

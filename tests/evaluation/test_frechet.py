@@ -185,7 +185,7 @@ def test_errors_say_what_does_not_fit(tmp_path):
     with pytest.raises(UserError, match="no reference"):
         read_statistics(tmp_path / "none.npz", "adm", "")
     (tmp_path / "bad.npz").write_bytes(b"no zip file at all")
-    with pytest.raises(UserError, match="no npz file"):
+    with pytest.raises(UserError, match="not an npz file"):
         read_statistics(tmp_path / "bad.npz", "adm", "")
     np.savez(tmp_path / "odd.npz", mu=np.zeros(3), sigma=np.eye(4))
     with pytest.raises(UserError, match=r"mu \[3\] does not fit \[4, 4\]"):

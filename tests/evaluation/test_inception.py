@@ -290,10 +290,10 @@ def test_errors_say_what_to_do(tmp_path, monkeypatch, files):
     (folder / "classify_image_graph_def.pb").write_bytes(b"x")
     assert find_weights() == folder / "classify_image_graph_def.pb"
     assert find_weights("zoo:inception_adm") == find_weights()
-    with pytest.raises(UserError, match="no TensorFlow graph"):
+    with pytest.raises(UserError, match="not a TensorFlow graph"):
         load_inception(find_weights())
     (tmp_path / "short.pb").write_bytes(files[0].read_bytes()[:-10])
-    with pytest.raises(UserError, match="no TensorFlow graph"):
+    with pytest.raises(UserError, match="not a TensorFlow graph"):
         load_inception(tmp_path / "short.pb")
     state = torch.load(files[-1])
     del state["Mixed_6b.branch1x1.bn.weight"]

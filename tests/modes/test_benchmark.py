@@ -109,7 +109,7 @@ def test_a_tokenizer_is_measured_in_bfloat16_with_its_discriminator(tmp_path, ca
     c.tokenize.batch_size, c.benchmark.repeats = 8, 1
     benchmark.run(c, tmp_path)
     assert report(tmp_path)["results"].keys() == {"memory", "tokenizer", "train"}
-    assert "sample left out: the config has no generator" in capsys.readouterr().err
+    assert "skipped sample: the config has no generator" in capsys.readouterr().err
 
 
 def test_compile_for_fake_devices(tmp_path, capsys):

@@ -234,7 +234,9 @@ def test_training_starts_from_a_model_of_the_same_sizes(trained, tmp_path):
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ours, theirs)
     c.model.bits = 5
-    with pytest.raises(UserError, match=r"model is not of the sizes of config.model: .*quantizer"):
+    with pytest.raises(
+        UserError, match=r"model does not have the sizes of config.model: .*quantizer"
+    ):
         train.run(c, tmp_path / "other")
 
 
@@ -336,7 +338,7 @@ def test_reconstruct_measures_every_image(trained, tmp_path):
         ({"mesh.data": 3}, "does not fit 8 devices"),
         ({"optim.schedule": "zigzag"}, r"unknown schedule 'zigzag', have \['constant'"),
         ({"train.task": "dance"}, r"unknown task 'dance', have \['generator', 'tokenizer'\]"),
-        ({"data.source": "bits"}, "no bits folder"),
+        ({"data.source": "bits"}, "not a folder of bits"),
         ({"data.source": "folder", "data.path": "nowhere"}, "nowhere"),
     ],
 )

@@ -96,11 +96,11 @@ def at(monkeypatch, moment, action):
 @pytest.mark.slow
 def test_sigterm_at_any_moment_costs_no_step(whole, tmp_path, monkeypatch, capsys):
     for moment, said in (
-        ("waiting for the data of step 1", "before the first step: the same command begins again"),
-        ("compiling the training step", "before the first step: the same command begins again"),
-        ("step 1", "saved step 1, the same command goes on from there"),
-        ("drawing and saving step 2", "saved step 2,"),
-        ("waiting for the data of step 4", "saved step 4,"),
+        ("waiting for the data of step 1", "before the first step: the same command starts again"),
+        ("compiling the training step", "before the first step: the same command starts again"),
+        ("step 1", "saved step 1; the same command resumes there"),
+        ("drawing and saving step 2", "saved step 2;"),
+        ("waiting for the data of step 4", "saved step 4;"),
     ):
         at(monkeypatch, moment, lambda: signal.raise_signal(signal.SIGTERM))
         train.run(settings(), tmp_path)
@@ -130,7 +130,9 @@ def test_a_loss_that_is_not_finite_and_a_second_run_leave_a_run_as_it_was(
             train.run(settings(), tmp_path)
 
     def second():
-        with pytest.raises(UserError, match=rf"in use: process {os.getpid()} on .* runs there"):
+        with pytest.raises(
+            UserError, match=rf"in use: process {os.getpid()} on .* has been running there"
+        ):
             train.run(settings(), tmp_path)
 
     at(monkeypatch, "step 5", second)
@@ -202,7 +204,7 @@ def test_kill_9_during_a_save(whole, tmp_path, capsys):
     assert not (workdir / "model").exists()
     train.run(settings(), workdir)
     said = capsys.readouterr().err
-    assert "left it behind and is gone, taking over" in said
+    assert "is gone, taking over its lock" in said
     assert f"resuming {workdir} at step " in said
     steps = [row["step"] for row in small.rows(workdir)]
     assert steps[:6] == [1, 2, 1, 2, 3, 4]  # begun twice, and then not again

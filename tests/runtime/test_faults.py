@@ -124,13 +124,14 @@ def dead_process():
 
 def held_by(path, holder):
     fields = {"host": holder.host, "machine": holder.machine, "pid": holder.pid}
-    content = {**fields, "born": holder.born, "since": "2026-01-01 00:00:00", "token": "x"}
+    content = {**fields, "started": holder.started, "since": "2026-01-01 00:00:00", "token": "x"}
     path.write_text(json.dumps(content))
 
 
 def test_a_second_run_is_refused_and_told_who_holds_the_workdir(tmp_path):
     first = lock.acquire(tmp_path / "train.lock")
-    message = rf"is in use: process {os.getpid()} on {socket.gethostname()} runs there since 20"
+    me = f"process {os.getpid()} on {socket.gethostname()}"
+    message = rf"is in use: {me} has been running there since 20"
     with pytest.raises(UserError, match=message):
         lock.acquire(tmp_path / "train.lock")
     assert first.touch()
@@ -142,7 +143,7 @@ def test_a_second_run_is_refused_and_told_who_holds_the_workdir(tmp_path):
 def test_the_lock_of_a_process_that_is_gone_is_taken_over(tmp_path, capsys):
     held_by(tmp_path / "train.lock", dead_process())
     lock.acquire(tmp_path / "train.lock").release()
-    assert "left it behind and is gone, taking over" in capsys.readouterr().err
+    assert "is gone, taking over its lock" in capsys.readouterr().err
 
 
 def test_a_process_number_that_was_given_again_is_not_the_holder(tmp_path):
@@ -166,7 +167,7 @@ def test_a_holder_on_another_machine_is_known_by_its_touch(alive, tmp_path):
         return lock.acquire(path, silent=60, clock=lambda: now[0], sleep=sleep)
 
     if alive:
-        with pytest.raises(UserError, match="process 12 on elsewhere runs there"):
+        with pytest.raises(UserError, match="process 12 on elsewhere has been running there"):
             acquire()
         assert now[0] < 12
     else:
@@ -286,7 +287,7 @@ def test_a_silent_process_is_named():
         found = detector.check(heartbeats, now)
         assert (found is not None) == (now > 60)
     assert found is not None
-    assert found[0] == "process 1 on host1 gave no sign of life for 90 s: step 7"
+    assert found[0] == "process 1 on host1 has sent no heartbeat for 90 s: step 7"
 
 
 def test_a_judge_that_was_suspended_blames_nobody():
@@ -332,7 +333,7 @@ def test_a_stuck_run_of_one_process_ends_with_a_line(tmp_path):
     )
     assert done.returncode == 75
     assert "stuck for" in done.stderr
-    assert "at: waiting for the data of step 3; the same command goes on" in done.stderr
+    assert "at: waiting for the data of step 3; the same command resumes the run" in done.stderr
     assert not (tmp_path / "train.lock").exists()
 
 

@@ -293,13 +293,13 @@ def test_faults_of_one_process_of_two(tmp_path):
         assert statuses[1 - killed] == 75, logs(run.root)
         gone = f"error: process {killed} on {host} is gone: its process {processes[killed].pid} was"
         line = run.said(1 - killed).split(gone)[1].splitlines()[0]
-        assert line.endswith("; the same command goes on from what is saved")
+        assert line.endswith("; the same command resumes the run")
     assert run.resumed_at() == 3
 
     # One is told to stop: both do after the same step, two later, which they save.
     assert finish(run.start(1, signal.SIGTERM, 8)) == [0, 0], logs(run.root)
     assert run.resumed_at() == 6
-    assert "stopped by a signal: saved step 10, the same command goes on" in run.said(0)
+    assert "stopped by a signal: saved step 10; the same command resumes" in run.said(0)
 
     # One that freezes is named, and the other does not wait for it.
     processes = run.start(1, 0, 11, patience=15)
@@ -310,7 +310,7 @@ def test_faults_of_one_process_of_two(tmp_path):
             process.kill()
             process.wait()
     assert run.resumed_at() == 10
-    named = rf"error: process 1 on {host}(: stuck for| gave no sign of life for) \d+ s"
+    named = rf"error: process 1 on {host}(: stuck for| has sent no heartbeat for) \d+ s"
     assert re.search(named, run.said(0)), logs(run.root)
 
     # What two began, one ends.

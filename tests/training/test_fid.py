@@ -134,4 +134,4 @@ def test_errors_come_before_the_first_step(tmp_path, monkeypatch):
     fails(r"fid_every=2 measures FID: no Inception weights.*zoo:inception_pytorch", protocol="adm")
     fails("no Inception weights elsewhere.pth", protocol="adm", weights="elsewhere.pth")
     fails("unknown protocol of evaluation 'none'", protocol="none")
-    fails("needs two images at least", fid_images=1)
+    fails("needs at least two images", fid_images=1)

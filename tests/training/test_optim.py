@@ -119,8 +119,8 @@ def test_which_leaves_are_trained():
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("^decoder", r"'\^decoder' is in the path of no parameter; some paths are below/kernel"),
-        ("(", "is no regular expression"),
+        ("^decoder", r"'\^decoder' matches no parameter; some paths are below/kernel"),
+        ("(", "is not a regular expression"),
     ],
 )
 def test_bad_patterns_are_named(pattern, message):

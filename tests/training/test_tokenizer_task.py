@@ -181,7 +181,7 @@ def test_a_state_with_frozen_parts_and_lecam_is_saved_and_restored(make, tmp_pat
 
 
 def test_a_pattern_that_freezes_nothing_is_an_error(make):
-    with pytest.raises(UserError, match=r"'\^quantizer/' is in the path of no parameter"):
+    with pytest.raises(UserError, match=r"'\^quantizer/' matches no parameter"):
         make({"train.freeze": ("^quantizer/",)})
 
 
