@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt8
 
 from bitgen.errors import UserError
+from bitgen.files import atomic_path, write_json
 
 FORMAT = 1
 _META_KEYS = {
@@ -54,19 +55,11 @@ def _shard_paths(directory: Path, shard: int) -> tuple[Path, Path]:
     return directory / f"bits-{shard:05d}.npy", directory / f"labels-{shard:05d}.npy"
 
 
-def _replace(path: Path, write) -> None:
-    """Writes a file atomically: if killed, the old file or none is left."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        write(file)
+def _save(path: Path, array: np.ndarray) -> None:
+    with atomic_path(path) as part, part.open("wb") as file:
+        np.save(file, array)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(part, path)
-
-
-def _write_json(path: Path, meta: Mapping[str, Any]) -> None:
-    text = json.dumps(meta, indent=2) + "\n"
-    _replace(path, lambda file: file.write(text.encode()))
 
 
 def _read_json(directory: Path) -> dict[str, Any]:
@@ -130,7 +123,9 @@ class PackedWriter:
                     f"{self._directory} is not empty and has no bits.json; use another folder"
                 )
             self._directory.mkdir(parents=True, exist_ok=True)
-            _write_json(path, {**self.meta, "examples": self.meta["count"], "complete": False})
+            write_json(path, {**self.meta, "examples": self.meta["count"], "complete": False})
+        for part in self._directory.glob(".*.part"):  # of a run that was killed
+            part.unlink()
         self._shard = 0  # the shard being filled
         # The bits file is written after the labels.
         while self._shard < self._shards and _shard_paths(self._directory, self._shard)[0].exists():
@@ -191,8 +186,8 @@ class PackedWriter:
             bits = np.concatenate([np.zeros((0, *self._row), np.uint8), *self._bits])
             labels = np.concatenate([np.zeros(0, np.int32), *self._labels])
             bits_path, labels_path = _shard_paths(self._directory, self._shard)
-            _replace(labels_path, lambda file, a=labels: np.save(file, a))
-            _replace(bits_path, lambda file, a=bits: np.save(file, a))
+            _save(labels_path, labels)
+            _save(bits_path, bits)
             self._bits, self._labels = [], []
             self._shard += 1
 
@@ -214,7 +209,7 @@ class PackedWriter:
         paths = [_shard_paths(self._directory, shard)[1] for shard in range(self._shards)]
         sizes = [len(np.load(path, mmap_mode="r")) for path in paths]
         done = {"examples": self.meta["count"], "count": sum(sizes), "shard_sizes": sizes}
-        _write_json(self._directory / "bits.json", {**self.meta, **done, "complete": True})
+        write_json(self._directory / "bits.json", {**self.meta, **done, "complete": True})
         self.complete = True
 
 

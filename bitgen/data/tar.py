@@ -4,7 +4,6 @@ The headers are read once and give an index of (offset, size, label, name), kept
 `.npz` beside the tar, or in the user's cache folder if that place is read-only.
 """
 
-import contextlib
 import hashlib
 import logging
 import os
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from bitgen.errors import UserError
+from bitgen.files import atomic_path
 
 _INDEX_VERSION = 1
 
@@ -94,15 +94,10 @@ def _cache_places(path: str) -> list[Path]:
 
 
 def _save_index(place: Path, index: dict[str, np.ndarray]) -> bool:
-    part = place.with_name(f"{place.name}.{os.getpid()}.part")
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
+        with atomic_path(place) as part, part.open("wb") as file:
             np.savez(file, allow_pickle=False, **index)
-        os.replace(part, place)
     except OSError:
-        with contextlib.suppress(OSError):
-            part.unlink()
         return False
     return True
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bitgen.images.output import atomic_path
+from bitgen.files import atomic_path
 from bitgen.runtime.distributed import is_first, on_first
 
 _CHUNK = 512  # images a file

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from bitgen.errors import UserError
-from bitgen.images.output import atomic_path
+from bitgen.files import atomic_path
 
 _TOGETHER = 512  # rows whose outer products are summed at once
 SPLIT = 5000  # images of a split of the Inception score

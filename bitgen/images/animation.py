@@ -9,8 +9,8 @@ from jaxtyping import Bool, UInt8
 from PIL import Image
 
 from bitgen.errors import UserError
+from bitgen.files import atomic_path
 from bitgen.images.grids import grid
-from bitgen.images.output import atomic_path
 
 _CELL = 64  # smallest side of an image in an animation
 

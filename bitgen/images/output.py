@@ -3,12 +3,11 @@
 All files appear complete or not at all.
 """
 
-import contextlib
 import json
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,26 +17,11 @@ from numpy.lib import format as npy
 from PIL import Image
 
 from bitgen.errors import UserError
+from bitgen.files import atomic_path, write_json
 from bitgen.images.grids import captioned_grid, grid
 
 _CHUNK = 512  # images in one file of an unfinished npz, whatever the batch size
 _GRID_LIMIT = 10_000
-
-
-@contextlib.contextmanager
-def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, and renames it to `path` if the block succeeds.
-
-    Creates missing folders.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def write_png(path: str | os.PathLike, image: UInt8[np.ndarray, "H W c"]) -> None:
@@ -143,9 +127,7 @@ class _Npz:
         self.path, self.labels = path, labels
         self.part = path.with_name(path.name + ".part")
         if path.exists():
-            raise UserError(
-                f"{path} is there already: delete it or set another config.sample.output"
-            )
+            raise UserError(f"{path} already exists: delete it or set another config.sample.output")
         _same_settings(self.part, settings)
         chunk = 0
         while self._chunk(chunk).exists():
@@ -191,11 +173,10 @@ def _same_settings(folder: Path, settings: dict[str, Any]) -> None:
         for key in sorted(before.keys() | settings.keys()):
             if before.get(key) != settings.get(key):
                 raise UserError(
-                    f"{folder} was begun with {key}={before.get(key)!r}, now "
+                    f"{folder} was started with {key}={before.get(key)!r}, now "
                     f"{key}={settings.get(key)!r}; delete it or set another config.sample.output"
                 )
         return
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no samples; set config.sample.output")
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(settings, indent=2) + "\n")
+    write_json(file, settings)

@@ -5,8 +5,6 @@ times, and released models are built from their sizes.
 """
 
 import functools
-import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import numpy as np
 
 from bitgen import __version__, build
 from bitgen.errors import UserError, choose
+from bitgen.files import write_json
 from bitgen.hub import model_directory
 from bitgen.images.pixels import from_uint8, to_uint8
 from bitgen.profiling import compile_report, memory_estimate
@@ -85,9 +84,7 @@ class _NotHere(Exception):
 
 
 def _finish(workdir: Path, report: dict[str, Any]) -> None:
-    temporary = workdir / ".benchmark.json.part"
-    temporary.write_text(json.dumps(report, indent=2, default=str) + "\n")
-    os.replace(temporary, workdir / "benchmark.json")
+    write_json(workdir / "benchmark.json", report, default=str)
     rows = [line for found in report["results"].values() for line in found.get("rows", ())]
     if rows:
         print(format_table(rows))

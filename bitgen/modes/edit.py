@@ -1,7 +1,6 @@
 """Mode `edit`: BiGR's zero-shot edits of the user's own picture (`samplers.edits`)."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from PIL import Image
 
 from bitgen import __version__
 from bitgen.errors import choose
+from bitgen.files import write_json
 from bitgen.hub import model_directory
 from bitgen.images import editing
 from bitgen.images.decode import center_crop
@@ -118,7 +118,7 @@ def write(
     for part in (cells, blends):
         rows += [part[i : i + columns] for i in range(0, len(part), columns)]
     write_png(workdir / "edit.png", sheet(rows))
-    (workdir / "edit.json").write_text(json.dumps({**report, "images": names}, indent=2) + "\n")
+    write_json(workdir / "edit.json", {**report, "images": names})
 
 
 def _identity(model: model_directory.Model) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """Mode `evaluate`: metrics of generated images, reconstructions, or representations."""
 
-import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from bitgen.evaluation.features import PROTOCOLS, make_extractor
 from bitgen.evaluation.image_sets import read_images, read_share
 from bitgen.evaluation.reconstruction import make_metrics, measure_data
 from bitgen.evaluation.statistics import write_statistics
+from bitgen.files import write_json
 from bitgen.hub import model_directory
 from bitgen.images.output import write_png
 from bitgen.images.plots import plot_curves, plot_points
@@ -46,9 +45,7 @@ def _finish(workdir: Path, kind: str, report: dict[str, Any]) -> None:
     if not is_first():
         return
     report = {"kind": kind, "bitgen": __version__, **report}
-    temporary = workdir / ".evaluation.json.part"
-    temporary.write_text(json.dumps(report, indent=2) + "\n")
-    os.replace(temporary, workdir / "evaluation.json")
+    write_json(workdir / "evaluation.json", report)
     print(format_table(report["results"]))
     log_info(f"wrote {workdir / 'evaluation.json'}")
 

@@ -1,10 +1,10 @@
 """Mode `reconstruct`: images through a tokenizer and back, and the errors."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from bitgen.evaluation.reconstruction import bit_entropy, make_metrics, measure_data, scale_names
+from bitgen.files import write_json
 from bitgen.hub import model_directory
 from bitgen.images.grids import bit_planes, paired_grid
 from bitgen.images.output import write_png
@@ -63,4 +63,4 @@ def _write(workdir: Path, settings: Any, tokenizer: Any, metrics: Any, found: An
         "weights": metrics.digest,
         **found.values,
     }
-    (workdir / "reconstructions.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_json(workdir / "reconstructions.json", report)

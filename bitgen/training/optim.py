@@ -86,8 +86,7 @@ def trained(params: PyTree, freeze: Sequence[str]) -> PyTree:
         if not found:
             some = ", ".join(paths[:: max(len(paths) // 4, 1)][:5])
             raise UserError(
-                f"config.train.freeze: {pattern!r} is in the path of no parameter; "
-                f"some paths are {some}"
+                f"config.train.freeze: {pattern!r} matches no parameter; some paths are {some}"
             )
 
     def one(path, _):

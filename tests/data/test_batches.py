@@ -498,7 +498,7 @@ def test_wrong_arguments_are_named(images):
         make(c, batch_size=5, process_count=2)
     with pytest.raises(UserError, match="there is no process 2 of 2"):
         make(c, process_index=2, process_count=2)
-    with pytest.raises(UserError, match=r"seed is a number in \[0, 2\*\*32\), got -1"):
+    with pytest.raises(UserError, match=r"seed must be in \[0, 2\*\*32\), got -1"):
         make(c, seed=-1)
     with pytest.raises(UserError, match="start=99 is outside of the 21 examples"):
         make(c, False, start=99)

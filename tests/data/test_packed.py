@@ -86,7 +86,7 @@ def test_a_killed_writer_goes_on_at_the_first_missing_shard(tmp_path):
         writer.add(packed[i : i + 2], labels[i : i + 2])
     # Killed while shard 1 was being written: labels in place, bits half written.
     np.save(tmp_path / "labels-00001.npy", labels[4:8])
-    (tmp_path / "bits-00001.npy.part").write_bytes(b"half")
+    (tmp_path / ".bits-00001.npy.7.part").write_bytes(b"half")
     with pytest.raises(UserError, match="is not finished; run --mode=tokenize again"):
         PackedSource(tmp_path)
 
@@ -120,10 +120,10 @@ def test_killed_between_the_last_shard_and_the_mark(tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("bits", 16, "begun with bits=12, now bits=16"),
-        ("grid", [3, 2], r"begun with grid=\[2, 3\], now grid=\[3, 2\]"),
+        ("bits", 16, "started with bits=12, now bits=16"),
+        ("grid", [3, 2], r"started with grid=\[2, 3\], now grid=\[3, 2\]"),
         ("tokenizer", {"name": "other"}, 'now tokenizer={"name": "other"}'),
-        ("count", 11, "begun with count=10, now count=11"),
+        ("count", 11, "started with count=10, now count=11"),
         ("examples_per_shard", 5, "now examples_per_shard=5"),
     ],
 )

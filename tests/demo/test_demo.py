@@ -74,7 +74,7 @@ def test_bad_uploads_are_refused_in_words(tools, tmp_path):
     cases = [
         (None, "no picture was chosen"),
         (write("notes.png", b"hello"), r"^notes\.png cannot be read as a picture"),
-        (write("empty.jpg", b""), r"^empty\.jpg is no picture"),
+        (write("empty.jpg", b""), r"^empty\.jpg cannot be read"),
         (write("large.png", bytes(100_001)), r"^large\.png is larger than 0\.1 MB"),
         (
             write("bomb.png", b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"")),
@@ -148,13 +148,13 @@ def test_enriching_shows_every_round(tools, picture):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda t, p: list(actions.generate(t, [], 1, 0)), "choose a class"),
+        (lambda t, p: list(actions.generate(t, [], 1, 0)), "choose at least one class"),
         (lambda t, p: list(actions.generate(t, [1, 2], 4, 0)), "1 to 6 images at a time, not 8"),
         (lambda t, p: actions.redraw(t, "inpaint", None, [], None, 1, 0), "choose a picture"),
         (lambda t, p: actions.redraw(t, "inpaint", p, [], None, 1, 0), "no mask is drawn"),
         (lambda t, p: actions.redraw(t, "edit", p, [], None, 1, 0), "choose the class"),
         (lambda t, p: actions.interpolate(t, None, 1, 3, 0), "choose two classes"),
-        (lambda t, p: actions.interpolate(t, 0, 1, 1, 0), "2 images at least"),
+        (lambda t, p: actions.interpolate(t, 0, 1, 1, 0), "at least 2 images"),
         (lambda t, p: actions.enrich(t, p, None, 2, 7, 0), "1 to 6 images"),
         (lambda t, p: inspection.compare(t, None), "choose a picture"),
         (lambda t, p: inspection.look_at_token(t, p, 4, 0, 0), "no row 4: choose from 0 to 3"),

@@ -50,7 +50,7 @@ def test_folder_and_npz_go_on_after_a_kill(tmp_path, monkeypatch, stop):
 
 def test_other_settings_are_refused(tmp_path):
     write(tmp_path / "folder", 3, 6)
-    with pytest.raises(UserError, match="begun with seed=0, now seed=1"):
+    with pytest.raises(UserError, match="started with seed=0, now seed=1"):
         output.make_output(tmp_path / "folder", LABELS, 3, {**SETTINGS, "seed": 1})
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").write_text("mine")
