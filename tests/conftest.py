@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import signal
 import tempfile
 
 # Before jax is imported: flags are read once. Tests compile more than they compute, so the compiler
@@ -21,6 +22,16 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
+import pytest
 
 jax.config.update("jax_debug_key_reuse", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True)
+def _signal_handlers():
+    """Gives SIGTERM and SIGINT back, which training takes."""
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

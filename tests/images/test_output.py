@@ -57,7 +57,7 @@ def test_other_settings_are_refused(tmp_path):
     with pytest.raises(UserError, match="not empty"):
         output.make_output(tmp_path / "other", LABELS, 3, SETTINGS)
     write(tmp_path / "s.npz", 15)
-    with pytest.raises(UserError, match="there already"):
+    with pytest.raises(UserError, match="already exists"):
         output.make_output(tmp_path / "s.npz", LABELS, 3, SETTINGS)
     with pytest.raises(UserError, match=r"NAME\.png"):
         output.make_output(tmp_path / "s.gif", LABELS, 3, SETTINGS)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import small
 from PIL import Image
 
 from bitgen import build, config
@@ -24,27 +25,8 @@ from bitgen.samplers import edits, redraw
 from bitgen.samplers.images import image_keys, image_sampler
 from bitgen.samplers.masked import sample_bits
 
-TOKENIZER = {
-    "width": 32,
-    "multipliers": (1, 1),
-    "blocks": 1,
-    "bits": 4,
-    "embed_dim": 32,
-    "image_size": 16,
-    "attention_resolutions": (),
-}
-GENERATOR = {
-    "width": 32,
-    "layers": 1,
-    "heads": 2,
-    "bits": 4,
-    "grid": (8, 8),
-    "num_classes": 5,
-    "denoiser_width": 32,
-    "denoiser_layers": 1,
-    "diffusion_steps": 8,
-    "mlp_multiple": 32,
-}
+TOKENIZER = {**small.TOKENIZER, "image_size": 16}
+GENERATOR = {**small.GENERATOR, "layers": 1, "grid": (8, 8), "num_classes": 5}
 WIDTH, HEIGHT = 40, 32  # of the picture: the centre crop to 16 halves it and takes x 4 to 36
 BOX = "12,8,24,20"  # tokens (2..5, 2..5) of the 8x8 grid
 SEED = 3

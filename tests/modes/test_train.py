@@ -20,15 +20,6 @@ from bitgen.runtime.mesh import make_mesh
 from bitgen.runtime.stop import StopSignal
 
 
-@pytest.fixture(autouse=True)
-def _handlers():
-    """Training takes SIGTERM and SIGINT; give them back."""
-    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A tokenizer run of six steps, the data's bits, and a generator run on images."""

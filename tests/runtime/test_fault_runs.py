@@ -39,15 +39,6 @@ def settings():
     return c
 
 
-@pytest.fixture(autouse=True)
-def _handlers():
-    """Training takes SIGTERM and SIGINT; give them back."""
-    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run without faults."""

@@ -1,7 +1,6 @@
 """`config.train.fid_every`: what a run logs is what mode `evaluate` finds, also after a resume."""
 
 import json
-import signal
 
 import numpy as np
 import pytest
@@ -18,15 +17,6 @@ from bitgen.training.generator_task import GeneratorTask
 from bitgen.training.metrics import RunLog
 
 IMAGES = 20
-
-
-@pytest.fixture(autouse=True)
-def _handlers():
-    """Training takes SIGTERM and SIGINT; give them back."""
-    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def measured(c):

@@ -1,7 +1,5 @@
 """`config.train.validate_every`: errors of the averaged model on what is not trained on."""
 
-import signal
-
 import numpy as np
 import pytest
 from helpers import small
@@ -11,15 +9,6 @@ from bitgen.errors import UserError
 from bitgen.hub import model_directory
 from bitgen.images.pixels import from_uint8
 from bitgen.modes import train
-
-
-@pytest.fixture(autouse=True)
-def _handlers():
-    """Training takes SIGTERM and SIGINT; give them back."""
-    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def run(c, workdir, every=2):
