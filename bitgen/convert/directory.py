@@ -1,6 +1,4 @@
-"""Converts a checkpoint file to a model directory, and back to a file for the original PyTorch
-code.
-"""
+"""Converts a checkpoint file to a model directory, and back to a file for the original code."""
 
 import dataclasses
 import itertools

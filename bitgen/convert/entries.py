@@ -87,8 +87,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class Carry:
-    """A tensor that the original's loader demands and our model does not use: kept beside the
-    model.
+    """A tensor that the original's loader demands and our model does not use, kept beside it.
 
     A name without placeholders must be in the file. If the model was not imported, the export
     writes zeros of `shape` and of the type `zeros`, if it is given.

@@ -221,9 +221,7 @@ def _open_safetensors(path: Path) -> Tensors:
 
 
 def check_space(directory: Path, size: int) -> None:
-    """Raises UserError if the disk of a directory, or of its first existing parent, has too little
-    space.
-    """
+    """Raises UserError if the disk of a directory, or of its first existing parent, lacks space."""
     directory = directory.absolute()
     there = next(p for p in (directory, *directory.parents) if p.exists())
     free = shutil.disk_usage(there).free

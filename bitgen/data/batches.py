@@ -42,8 +42,7 @@ def make_batches(
     process_count: int = 1,
     start: int = 0,
 ) -> "Batches":
-    """Returns the batches of the split of `config_data` (`bitgen.data.default_config` lists its
-    keys).
+    """Returns the batches of a split; `bitgen.data.default_config` explains `config_data`.
 
     They are dicts of `image` uint8 [b, H, W, 3], or `bits` uint8 [b, h, w, ceil(k/8)] from packed
     bits, and `label` int32 [b]. `batch_size` counts the rows of all processes.
@@ -101,8 +100,7 @@ def make_batches(
 
 # -------------------------------------------------------------------------------- examples
 def split_indices(n: int, split: str, holdout: float) -> Int[np.ndarray, " m"]:
-    """Returns the ascending indices of a split: 'test' is the share `holdout` of n, 'train' the
-    rest.
+    """Returns the sorted indices of a split: 'test' is the share `holdout` of n, 'train' the rest.
 
     The choice depends only on n and `holdout`. Raises UserError for an empty split.
     """
@@ -119,8 +117,7 @@ def split_indices(n: int, split: str, holdout: float) -> Int[np.ndarray, " m"]:
 
 
 def crop_share(epoch: int, start: int, end: int) -> float:
-    """Returns the share of images with the training crop, which falls from 1 to 0 between two
-    epochs.
+    """Returns the share of images with the training crop, falling from 1 to 0 between two epochs.
 
     It is constant during an epoch, and 1 for a negative start; the rule of shallowdream204/BitDance
     `imagenet_gen/train.py`.

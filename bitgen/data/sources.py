@@ -7,6 +7,7 @@ opens their files again.
 """
 
 import os
+import re
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,11 +17,12 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from bitgen.data.image_list import ListSource
 from bitgen.data.packed import PackedSource
 from bitgen.data.tar import TarSource
 from bitgen.errors import UserError, choose
 
+_LINE = re.compile(r"(?P<name>\S.*?)(\s+(?P<first>\d+)(\s+(?P<second>\d+))?)?")
+_WANTED = "wanted one image a line: PATH, PATH LABEL or PATH HEIGHT WIDTH"
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
@@ -65,7 +67,24 @@ class DigitsSource:
         return {"image": image, "label": int(self._labels[index]), "name": f"digit {index}"}
 
 
-class FolderSource:
+class FileSource:
+    """Examples whose images are files of their own."""
+
+    def __init__(
+        self, files: Sequence[str], labels: Sequence[int], class_names: Sequence[str], where: str
+    ):
+        self._files, self._labels = files, np.asarray(labels, np.int32)
+        self.class_names, self.num_classes, self.where = class_names, len(class_names), where
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        name = self._files[index]
+        return {"image": Path(name).read_bytes(), "label": int(self._labels[index]), "name": name}
+
+
+class FolderSource(FileSource):
     """A folder with one sub-folder of images per class; classes are sorted by name.
 
     Images are found by their suffix (in either case), at any depth below their class; hidden files
@@ -85,50 +104,71 @@ class FolderSource:
         if not classes:
             what = "has no class sub-folders" if any(root.iterdir()) else "is empty"
             raise UserError(f"image folder {path!r} {what}; {layout}")
-        self._root = str(root)
-        self._files: list[str] = []
+        found: list[str] = []
         labels: list[int] = []
         for label, name in enumerate(classes):
-            files = _image_files(root, name)
+            files = _image_files(root / name)
             if not files:
                 raise UserError(
                     f"class folder {str(root / name)!r} has no images "
                     f"({' '.join(IMAGE_SUFFIXES)}); add some or remove the folder"
                 )
-            self._files += files
+            found += files
             labels += [label] * len(files)
-        self._labels = np.asarray(labels, np.int32)
-        self.class_names = classes
-        self.num_classes = len(classes)
-        self.where = path
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        name = os.path.join(self._root, self._files[index])
-        with open(name, "rb") as file:
-            data = file.read()
-        return {"image": data, "label": int(self._labels[index]), "name": name}
+        super().__init__(found, labels, classes, path)
 
 
-def _image_files(root: Path, class_name: str) -> list[str]:
-    """Returns the sorted paths, relative to `root`, of the images of a class."""
+def _image_files(root: Path) -> list[str]:
+    """Returns the sorted paths of the images in a folder of a class."""
     found = []
-    for folder, folders, files in os.walk(root / class_name, followlinks=True):
+    for folder, folders, files in os.walk(root, followlinks=True):
         folders[:] = [name for name in folders if name[0] != "."]
-        inside = os.path.relpath(folder, root)
         found += [
-            os.path.join(inside, name)
+            os.path.join(folder, name)
             for name in files
             if name[0] != "." and name.lower().endswith(IMAGE_SUFFIXES)
         ]
     return sorted(found)
 
 
+class ListSource(FileSource):
+    """The images of a text file in its order, one per line; empty lines are skipped.
+
+    A line is `PATH`, `PATH LABEL` with a number from 0 on, or `PATH HEIGHT WIDTH` without a label
+    (FoundationVision/BitVAE). All lines have one form; without labels all images are one class.
+    Relative paths start at the folder of the list. Raises UserError with the line for a file that
+    is missing, and for a line of another form.
+    """
+
+    def __init__(self, path: str):
+        if not path or not os.path.isfile(path):
+            raise UserError(f"image list {path!r} does not exist; set config.data.path, {_WANTED}")
+        try:
+            with open(path, encoding="utf-8") as file:
+                lines = file.read().splitlines()
+        except UnicodeDecodeError:
+            raise UserError(f"image list {path!r} is not a text file; {_WANTED}") from None
+        root = os.path.dirname(os.path.abspath(path))
+        files: list[str] = []
+        labels: list[int] = []
+        for number, line in enumerate(lines, 1):
+            if found := _LINE.fullmatch(line.strip()):
+                files.append(os.path.join(root, found["name"]))
+                if found["first"] and not found["second"]:
+                    labels.append(int(found["first"]))
+                if not os.path.isfile(files[-1]):
+                    raise UserError(f"{path} line {number}: there is no file {files[-1]}")
+                if len(labels) not in (0, len(files)):
+                    raise UserError(f"{path} line {number}: not all lines have a label; {_WANTED}")
+        if not files:
+            raise UserError(f"image list {path!r} is empty; {_WANTED}")
+        labels = labels or [0] * len(files)
+        class_names = [str(i) for i in range(max(labels) + 1)]
+        super().__init__(files, labels, class_names, path)
+
+
 class NpzSource:
-    """An npz file with `image`, uint8 `[n, H, W, 3]`, and optionally `label`, integers `[n]` from 0
-    on.
+    """An npz file with `image`, uint8 `[n, H, W, 3]`, and optionally `label`, integers `[n]`.
 
     It is held in memory; without `label` all images are one class. Raises UserError for a file that
     is missing, damaged or holds other arrays.

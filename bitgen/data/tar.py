@@ -64,8 +64,7 @@ class TarSource:
 
 
 def load_index(path: str) -> dict[str, np.ndarray]:
-    """Returns the index of a tar of tars: from its cache if that is up to date, else read and
-    cached.
+    """Returns the index of a tar of tars, from its cache if that is up to date, else from the tar.
 
     Arrays over examples: `offsets` int64, `sizes` int64, `labels` int32, `names` bytes; and
     `class_names`. Raises UserError.

@@ -38,9 +38,7 @@ def defaults(family: str = "bigr") -> Any:
 
 
 def parse(argv: Sequence[str]) -> Any:
-    """Returns the settings with those of --config.KEY=VALUE changed; raises UserError for any
-    other.
-    """
+    """Returns the settings, changed by --config.KEY=VALUE; raises UserError for any other argument."""
     generator = defaults().generator
     for argument in argv[1:]:
         name, _, value = argument.partition("=")

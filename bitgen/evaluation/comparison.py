@@ -42,8 +42,7 @@ def parse_tokenizers(text: str) -> dict[str, str]:
 
 
 def code_size(tokenizer: Any) -> dict[str, Any]:
-    """Returns `code`, in words, `bits_per_pixel`, and `ratio`, the numbers of an image per number
-    of code.
+    """Returns `code`, in words, `bits_per_pixel`, and `ratio`: an image's numbers per code number.
 
     A continuous latent counts as 32 bits. The ratio of a bit tokenizer compares bits, with 8 per
     number of the image.

@@ -25,8 +25,7 @@ _NORM_IN_GRAPH = {
 
 
 def find_weights(path: str = "") -> Path:
-    """Returns the file of Inception's weights: `path`, zoo:NAME downloaded, or '' for one in the
-    cache.
+    """Returns the file of Inception's weights: `path`, zoo:NAME downloaded, or '' for the cache.
 
     All files of the zoo hold the same network. Raises UserError if there is none, with the file to
     get and where to put it.

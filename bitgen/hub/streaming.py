@@ -81,9 +81,7 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
         return []
 
     def wait(self) -> list[Exception]:
-        """Waits until nothing is being written, so that the files can be deleted; returns the
-        errors.
-        """
+        """Waits until nothing is being written, so that files can be deleted; returns the errors."""
         errors = []
         for commit in self.writing:
             try:
@@ -108,9 +106,7 @@ def _groups(arrays: Sequence[Any]) -> Iterator[list[int]]:
 
 
 def open_arrays(directory: Path) -> dict[str, Any]:
-    """Returns a nested dict of StoredArray; raises ValueError, KeyError or OSError if there is
-    none.
-    """
+    """Returns a nested dict of StoredArray; raises ValueError, KeyError or OSError without one."""
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         found = checkpointer.metadata(directory).item_metadata
     if found is None:
@@ -171,9 +167,7 @@ class _Reader:
 
 
 class Digest:
-    """A short hash of names, shapes, dtypes and values of arrays, in the order in which they are
-    added.
-    """
+    """A short hash of names, shapes, dtypes and values of arrays, in the order of their addition."""
 
     def __init__(self):
         self.hash = hashlib.blake2b(digest_size=8)

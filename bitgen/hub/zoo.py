@@ -75,8 +75,7 @@ def describe(family: str, hparams: Mapping[str, Any]) -> str:
 
 
 def resolve(path: str | os.PathLike) -> Path:
-    """Returns the model directory of zoo:NAME, downloaded and converted on first use, or the path
-    itself.
+    """Returns the model directory of zoo:NAME, downloaded and converted on first use, or the path.
 
     Raises UserError for an unknown name, and, if the file is missing and cannot be downloaded, with
     the file to get and where to put it.

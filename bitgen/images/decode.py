@@ -90,9 +90,7 @@ def random_crop(
 def resize_crop(
     image: Image.Image, size: int, rng: np.random.Generator
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Binary Latent Diffusion's crop: shorter side to 1.05 x `size` (BILINEAR), then a random
-    square.
-    """
+    """Binary Latent Diffusion's crop: shorter side to 1.05 x `size`, BILINEAR, random square."""
     shorter = int(1.05 * size)
     # The longer side rounded down, as torchvision does.
     width, height = (shorter * side // min(image.size) for side in image.size)

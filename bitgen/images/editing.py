@@ -14,9 +14,7 @@ _MARGIN = 6  # beyond the border, for blending
 
 
 def crop_area(area: Bool[np.ndarray, "H W"], size: int) -> Bool[np.ndarray, "S S"]:
-    """Returns an area cropped to `size` x `size` in the same way as its picture (ADM's centre
-    crop).
-    """
+    """Returns an area cropped to `size` x `size` as its picture is, by ADM's centre crop."""
     mask = Image.fromarray(area.astype(np.uint8) * 255).convert("RGB")
     return center_crop(mask, size)[..., 0] >= 128
 

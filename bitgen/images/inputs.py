@@ -15,9 +15,7 @@ from bitgen.images.pixels import from_uint8, to_uint8
 
 
 def read_picture(path: str) -> Image.Image:
-    """Returns a picture file as upright RGB with transparency on white; raises UserError if it
-    cannot.
-    """
+    """Returns a picture file as upright RGB with transparency on white; UserError if unreadable."""
     return _upright(_decode(path, _read(path, "picture")))
 
 

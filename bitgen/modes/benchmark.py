@@ -281,9 +281,7 @@ def _batches(text: str) -> list[int]:
 
 
 def traced_sampler(config: Any, mesh: Any, size: int) -> tuple[Any, Any, tuple[Any, Any]]:
-    """Returns the generator, the traced program from labels to images, and the shapes of its
-    models.
-    """
+    """Returns the generator, the traced program from labels to images, and its models' shapes."""
     if config.train.task == "tokenizer":
         raise _NotHere("the config has no generator")
     generator, tokenizer = module_of(config, "generator"), module_of(config, "tokenizer")

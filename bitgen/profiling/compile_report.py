@@ -254,7 +254,7 @@ def _of_computation(name: str, computations: dict[str, list[_Instruction]]) -> K
 
 
 def _of_fusion(inner: list[_Instruction]) -> int:
-    """Returns the bytes of a fused kernel, which reads only slices that it takes, and writes in
+    """Returns the bytes of a fused kernel, which reads only the slices it takes and writes in
     place.
     """
     by_name, users = {one.name: one for one in inner}, collections.defaultdict(list)

@@ -20,8 +20,7 @@ def count_flops(jaxpr: Any) -> int:
 
 
 def count_bytes(jaxpr: Any) -> int:
-    """Returns the bytes that matrix products and convolutions read and write, counted in the same
-    way.
+    """Returns the bytes that matrix products and convolutions read and write, counted alike.
 
     Elementwise work is assumed to be fused into them.
     """

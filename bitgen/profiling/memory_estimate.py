@@ -104,9 +104,7 @@ def _gathered(task: Any, params: Any, mesh: Any) -> int:
 
 
 def estimate(config: Any, count: int) -> Parts:
-    """Returns the parts of the memory for training a config on `count` devices, which need not be
-    present.
-    """
+    """Returns the parts of a training's memory on `count` devices, which need not be present."""
     task, mesh = shapes_task(config), abstract_mesh(count, **config.mesh)
     check_batch(config.train.batch_size, config.train.accumulate, mesh)
     return {**resident(task, mesh), "step": working(task, mesh)}

@@ -274,9 +274,7 @@ def all_agree(yes: bool) -> bool:
 
 
 def gather(rows: np.ndarray) -> np.ndarray:
-    """Returns the rows [b, ...] of all processes, in order, as [p * b, ...]; b must be equal on
-    all.
-    """
+    """Returns the rows [b, ...] of all processes, in order, as [p * b, ...]; b is equal on all."""
     if jax.process_count() == 1:
         return rows
     found = np.asarray(multihost_utils.process_allgather(rows))
@@ -294,9 +292,7 @@ def gather_rows(batch: Any, real: int) -> Any:
 
 
 def place(tree: Any, shardings: Any) -> Any:
-    """Places a tree of arrays, which every process holds completely, by one sharding or a tree of
-    them.
-    """
+    """Places a tree of arrays, which every process holds, by one sharding or a tree of them."""
     if jax.process_count() == 1:
         return jax.device_put(tree, shardings)
     if isinstance(shardings, jax.sharding.Sharding):

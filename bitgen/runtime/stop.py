@@ -46,8 +46,7 @@ class StopSignal:
         return self.received and nothing_new
 
     def after(self, metrics: dict[str, Any]) -> bool:
-        """Returns whether to end after a step; call it after every step. Removes `stop` from the
-        metrics.
+        """Returns whether to end; call it after every step. Removes `stop` from the metrics.
 
         Waits for the previous step; otherwise hosts would be hundreds of steps ahead when a signal
         comes.

@@ -127,9 +127,7 @@ def prepare(generator: Any, params: Any, platform: str = "") -> Prepared:
 def start(
     generator: Any, prepared: Prepared, labels: Int[Array, " r"]
 ) -> tuple[tuple[Cache, ...], Float[Array, "r p d"]]:
-    """Returns the caches of the class tokens, one per layer, and the conditioning of the first
-    group.
-    """
+    """Returns the class tokens' caches, one per layer, and the conditioning of the first group."""
     head_dim = generator.width // generator.heads
     shape = (len(labels), generator.heads, generator.first, head_dim)
     empty = jnp.zeros(shape, generator.dtype)

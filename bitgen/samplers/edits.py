@@ -173,9 +173,7 @@ def read_labels(settings: Any, generator: Any) -> list[int]:
 
 
 def make_edit_plan(config: Any, guided: bool) -> MaskedPlan:
-    """Returns the sampler's settings: those of `config.edit`, else the kind's, else
-    `config.sampler`'s.
-    """
+    """Returns the sampler's settings, from `config.edit`, the kind of edit or `config.sampler`."""
     settings, kind = config.edit, KINDS[config.edit.kind]
     fields = {
         **config.sampler,

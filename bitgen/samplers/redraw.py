@@ -165,9 +165,7 @@ def block_masks(
 
 
 def mixing_ratios(steps: int) -> Float[np.ndarray, " r"]:
-    """Returns shares of the second class from 0 to 1; 0 steps stand for BiGR's 27, denser in the
-    middle.
-    """
+    """Returns shares of the second class from 0 to 1; 0 steps: BiGR's 27, denser in the middle."""
     if steps:
         return np.linspace(0, 1, steps)
     return np.concatenate([[0.0, 0.1, 0.2], np.linspace(0.3, 0.7, 21), [0.8, 0.9, 1.0]])

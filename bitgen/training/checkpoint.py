@@ -124,8 +124,7 @@ class Checkpoints:
         )
 
     def _read(self, step: int, shapes: Any) -> tuple[tuple[Any, Any] | None, str]:
-        """Returns state and position, None if a process cannot read its part; and this process's
-        error.
+        """Returns state and position, None if a process cannot read its part, and this one's error.
 
         It does not use Orbax's manager, in which the others would wait for a process that fails.
         """
@@ -170,9 +169,7 @@ class Checkpoints:
             raise self._full(e) from None
 
     def _full(self, error: Exception) -> Exception:
-        """Returns the error to raise for a failed save: one line about a full disk, or the error
-        itself.
-        """
+        """Returns the error to raise for a failed save: one line about a full disk, or itself."""
         if self.saving is None or not is_disk_full(error):
             return error
         self._remove_unfinished()

@@ -103,9 +103,7 @@ class GeneratorTask:
         )
 
     def start_from(self, state: TrainState, model: model_directory.Model) -> TrainState:
-        """Returns the state with the parameters of a model directory; UserError if the sizes
-        differ.
-        """
+        """Returns the state with the parameters of a model directory; UserError if sizes differ."""
         return with_params(state, model.params, model.path)
 
     def stage(self, step: int) -> bool:

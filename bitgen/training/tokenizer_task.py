@@ -37,8 +37,7 @@ LECAM_DECAY = 0.999  # of the running mean logits, arXiv 2104.03310
 
 
 class TokenizerTask:
-    """Binary Latent Diffusion's recipe (arXiv 2304.04820) for every family, each part set by the
-    config.
+    """Binary Latent Diffusion's recipe (arXiv 2304.04820) for every family, set by the config.
 
     The statistics of batch norms are parameters with a gradient of zero. In training, the module
     puts their new values into the collection "moved", at the same paths.
@@ -106,8 +105,7 @@ class TokenizerTask:
         )
 
     def start_from(self, state: TrainState, model: model_directory.Model) -> TrainState:
-        """Returns the state with the parameters of a model directory; UserError if the sizes
-        differ.
+        """Returns the state with the parameters of a model directory; UserError if sizes differ.
 
         An imported model's discriminator is taken over as well.
         """
@@ -178,8 +176,7 @@ class TokenizerTask:
         return scalars if p is None else {**scalars, **bit_usage(p)}  # None: continuous latents
 
     def preview(self, state: TrainState, batch: dict) -> dict[str, np.ndarray]:
-        """Returns pictures: images above the averaged model's reconstructions, and the use of each
-        bit.
+        """Returns pictures: images above the averaged model's reconstructions, and each bit's use.
 
         The second has bars of how often each bit is set and of its entropy in bits, over the last
         log interval, if there was one.
@@ -238,8 +235,8 @@ class TokenizerTask:
         return optim.where_trained(optim.trained(new, freeze), new, old) if freeze else new
 
     def _gradients(self, state, frozen, images, key, adversarial_stage):
-        """Returns metrics, gradients by network, and the model's and other networks' moved
-        statistics.
+        """Returns metrics, gradients by network, and the moved statistics of the model and the
+        others.
         """
         bits_key, fake_key, pair_key = jax.random.split(key, 3)
         images = from_uint8(images)
@@ -274,9 +271,7 @@ class TokenizerTask:
         return metrics, gradients, moved, stats
 
     def _balanced_loss(self, losses, recon, last_input, params):
-        """Returns value, metrics and moved statistics of the balanced reconstruction and GAN
-        losses.
-        """
+        """Returns value, metrics and moved statistics of the reconstruction and GAN losses."""
         config = self.config.loss
         kernel = params
         for name in (*self.module.last_layer, "kernel"):
@@ -299,9 +294,7 @@ class TokenizerTask:
         return value, {**metrics, "gan": gradients.values[1], "gan_weight": weight}, stats
 
     def _code_loss(self, aux):
-        """Returns the weighted losses on the code, and their values with the share of ones of each
-        bit.
-        """
+        """Returns the weighted losses on the code, and their values with each bit's share of ones."""
         total, metrics = jnp.zeros(()), dict(aux["losses"])
         for name, value in aux["losses"].items():
             weight = self.config.loss.get(f"{name}_weight")
