@@ -145,7 +145,7 @@ def wrapping(shapes: Mapping[str, Shape]) -> dict[str, Any]:
 
 
 def _gated(torch: str, ours: str) -> list[Entry]:
-    """Returns the rules of a gated MLP; w1 stacks gate and input: [2 hidden, d] -> [d, 2, hidden]."""
+    """Returns a gated MLP's rules; w1 stacks gate and input: [2 hidden, d] -> [d, 2, hidden]."""
     bias = Transform(lambda x: x.reshape(2, -1), lambda x: x.reshape(-1))
     return [
         Rule(f"{torch}.w1.weight", f"{ours}/gate_up/kernel", _GATE_UP),

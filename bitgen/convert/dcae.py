@@ -157,7 +157,7 @@ def table(hparams: Mapping[str, Any], layout: str = "efficientvit") -> list[Entr
 
 
 def _stage(c: DCAE, side: str, i: int, torch: str, start: int, layout: str) -> list[Entry]:
-    """Returns the entries of a stage's blocks below `torch`; `start` numbers the first in the file."""
+    """Returns the entries of a stage's blocks below `torch`; `start` numbers the first one."""
     depth, block, norm = (getattr(c, f"{side}_{name}")[i] for name in ("depths", "blocks", "norms"))
     ours = f"{side}/stage_{i}"
     numbers = tuple(str(start + j) for j in range(depth))

@@ -49,7 +49,7 @@ def why_not(pipeline: Pipeline, what: str) -> str:
 def generate(
     tools: Tools, labels: Sequence[int], count: int, seed: int, **settings: Any
 ) -> Iterator[tuple[Pixels, str]]:
-    """Yields a sheet of `count` images of each class, and a line on the progress, after each step."""
+    """Yields a sheet of `count` images of each class and a line on the progress, step by step."""
     if not len(labels):
         raise UserError("choose at least one class")
     rows = np.repeat(np.asarray(labels), _count(tools, count, len(labels)))

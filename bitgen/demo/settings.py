@@ -38,7 +38,7 @@ def defaults(family: str = "bigr") -> Any:
 
 
 def parse(argv: Sequence[str]) -> Any:
-    """Returns the settings, changed by --config.KEY=VALUE; raises UserError for any other argument."""
+    """Returns the settings, changed by --config.KEY=VALUE; raises UserError for anything else."""
     generator = defaults().generator
     for argument in argv[1:]:
         name, _, value = argument.partition("=")

@@ -64,7 +64,7 @@ def _distances(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _radii(blocks: jax.Array, count: int, k: int) -> np.ndarray:
-    """Returns the squared distance to the k-th nearest other row, [blocks, block]; padding has -1."""
+    """Returns squared distances to the k-th nearest other row, [blocks, block]; padding has -1."""
     radii = np.stack([np.asarray(_block_radii(rows, blocks, count, k)) for rows in blocks])
     radii.reshape(-1)[count:] = -1
     return radii

@@ -81,7 +81,7 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
         return []
 
     def wait(self) -> list[Exception]:
-        """Waits until nothing is being written, so that files can be deleted; returns the errors."""
+        """Waits until nothing is being written, so that files can be deleted; returns errors."""
         errors = []
         for commit in self.writing:
             try:
@@ -167,7 +167,7 @@ class _Reader:
 
 
 class Digest:
-    """A short hash of names, shapes, dtypes and values of arrays, in the order of their addition."""
+    """A short hash of names, shapes, dtypes and values of arrays, in the order they are added."""
 
     def __init__(self):
         self.hash = hashlib.blake2b(digest_size=8)

@@ -223,7 +223,7 @@ ZOO = {entry.name: entry for entry in _ENTRIES}
 
 
 def _tiles(latents: int, *widths: int, depths: tuple[int, ...] = (2, 2, 2)) -> dict[str, Any]:
-    """Returns the settings of a DC-AE for 32x32 images with one cell and these attention `depths`."""
+    """Returns the settings of a DC-AE for 32x32 images with one cell and these `depths`."""
     return {
         "image_size": 32,
         "latent_channels": latents,

@@ -30,7 +30,7 @@ class ProgressBar:
         first: int = 0,
         lines: bool = True,
     ):
-        """Takes the verb of the report, the total if known, the unit (`B` for bytes) and a start."""
+        """Takes the verb of the report, the total if known, the unit (`B`: bytes) and a start."""
         self.what, self.total, self.unit, self.lines = what, total, unit, lines
         self.first = self.done = self.said = first
 

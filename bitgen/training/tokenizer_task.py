@@ -294,7 +294,7 @@ class TokenizerTask:
         return value, {**metrics, "gan": gradients.values[1], "gan_weight": weight}, stats
 
     def _code_loss(self, aux):
-        """Returns the weighted losses on the code, and their values with each bit's share of ones."""
+        """Returns the weighted losses on the code, and their values with the ones of each bit."""
         total, metrics = jnp.zeros(()), dict(aux["losses"])
         for name, value in aux["losses"].items():
             weight = self.config.loss.get(f"{name}_weight")
