@@ -189,3 +189,10 @@ def test_the_code_page_names_files_that_are_there():
     assert len(names) > 30
     for name in names:
         assert (ROOT / "bitgen" / name).is_file(), name
+
+
+def test_tests_that_pages_name_are_there():
+    there = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
+    for page in PAGES:
+        for name in re.findall(r"\btest_\w+\.py", page.read_text()):
+            assert name in there, (page.name, name)

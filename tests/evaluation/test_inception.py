@@ -1,4 +1,4 @@
-"""Inception: every layer against PyTorch's functions, from every file layout, resizes, errors."""
+"""The Inception network and its weights, against the original's code."""
 
 import jax
 import numpy as np
@@ -6,11 +6,8 @@ import pytest
 from helpers.synthetic import synthetic_tensor
 
 from bitgen.errors import UserError
-from bitgen.evaluation.features import PROTOCOLS, Extractor, prepare_adm, prepare_pytorch_fid
 from bitgen.evaluation.inception import ConvNorm, Inception, unit_names
-from bitgen.evaluation.resize import bilinear_weights, resize_bilinear
 from bitgen.evaluation.weights import find_weights, load_inception
-from bitgen.runtime.mesh import make_mesh
 
 # TensorFlow's name of a convolution of each kind of place.
 NAMES = {
@@ -219,57 +216,6 @@ def test_names_of_the_graph():
     names = dict(unit_names())
     assert len(names) == len(set(names.values())) == 94
     assert {name: names[name] for name in NAMES} == NAMES
-
-
-@pytest.mark.parametrize("size", [8, 32, 256, 400])
-def test_resizes_are_those_of_tensorflow_1_and_pytorch(size):
-    import tensorflow as tf
-    import torch
-
-    images = np.random.default_rng(size).integers(0, 256, (2, size, size + 3, 3), np.uint8)
-    pixels = images.astype(np.float32)
-    theirs = tf.compat.v1.image.resize_bilinear(
-        pixels, (299, 299), align_corners=False, half_pixel_centers=False
-    ).numpy()
-    ours = np.asarray(resize_bilinear(pixels, 299, legacy=True))
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
-    np.testing.assert_allclose(prepare_adm(images), (theirs - 128) / 128, rtol=0, atol=1e-6)
-    theirs = torch.nn.functional.interpolate(
-        torch.tensor(pixels.transpose(0, 3, 1, 2) / 255),
-        size=(299, 299),
-        mode="bilinear",
-        align_corners=False,
-    )
-    theirs = 2 * theirs.numpy().transpose(0, 2, 3, 1) - 1
-    np.testing.assert_allclose(prepare_pytorch_fid(images), theirs, rtol=0, atol=1e-5)
-    assert np.abs(np.asarray(prepare_adm(images)) - theirs).max() > 0.01  # they are not the same
-
-
-def test_rows_of_a_resize_sum_to_one():
-    for legacy in (True, False):
-        weights = bilinear_weights(7, 299, legacy=legacy)
-        np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-6)
-        assert (weights >= 0).all()
-
-
-def test_features_do_not_depend_on_the_batch_and_no_image_is_dropped():
-    network = PROTOCOLS["random"].network
-    params = network.init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))["params"]
-    extractor = Extractor("random", params, make_mesh(), 12)
-    assert extractor.rows == 16  # what 8 devices divide
-    images = np.random.default_rng(0).integers(0, 256, (37, 20, 24, 3), np.uint8)
-    batches = [images[:5], images[5:30], images[30:]]
-    features = list(extractor.stream(batches))
-    assert [len(f["pool"]) for f in features] == [16, 16, 5]
-    one = extractor(images[36:])
-    for name, values in one.items():
-        together = np.concatenate([f[name] for f in features])
-        assert len(together) == 37
-        np.testing.assert_allclose(together[36:], values, rtol=1e-5, atol=1e-6)
-    with pytest.raises(UserError, match="different sizes"):
-        list(extractor.stream([images[:16], images[16:32, :10]]))
-    with pytest.raises(UserError, match="uint8"):
-        extractor(images.astype(np.float32))
 
 
 def test_errors_say_what_to_do(tmp_path, monkeypatch, files):

@@ -1,4 +1,4 @@
-"""Where samples go: every output holds the same images, and goes on after a kill."""
+"""Output of images: every kind holds the same images, and resumes after a kill."""
 
 import numpy as np
 import pytest
@@ -86,3 +86,30 @@ def test_labels_by_index_range_and_name(text, labels):
     else:
         assert parse_labels(text, 1000, names).tolist() == labels
     assert len(parse_labels("all", 1000, names)) == 1000
+
+
+def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def test_write_png_is_whole_or_not_there(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "a.png"
+    array = noise(5, 6)
+    output.write_png(path, array)
+    np.testing.assert_array_equal(np.asarray(Image.open(path)), array)
+
+    def fail(image, file, format):
+        file.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        output.write_png(path, noise(5, 6, seed=1))
+    assert [p.name for p in path.parent.iterdir()] == ["a.png"]
+    np.testing.assert_array_equal(np.asarray(Image.open(path)), array)
+
+
+def test_write_png_refuses_floats(tmp_path):
+    with pytest.raises(UserError, match=r"takes uint8 \[H, W, 3\], got float32 \[4, 4, 3\]"):
+        output.write_png(tmp_path / "a.png", np.zeros((4, 4, 3), np.float32))
+    assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Decoding, crops against a small resampler of their own, and image files."""
+"""Decoding and crops are those of ADM and Binary Latent Diffusion."""
 
 import io
 
@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bitgen.errors import UserError
-from bitgen.images import decode, grids, output
+from bitgen.images import decode
 from bitgen.images.pixels import from_uint8, to_uint8
 
 # Kernels and supports of the three filters, as functions of the distance.
@@ -170,36 +169,3 @@ def test_to_uint8_rounds_and_clips():
     assert out.ravel().tolist() == [0, 0, 128, 255, 255, 77, 78]
     every = np.arange(256, dtype=np.uint8)
     np.testing.assert_array_equal(to_uint8(from_uint8(jnp.asarray(every))), every)
-
-
-def test_grid_is_row_by_row_and_filled_with_black():
-    array = np.stack([np.full((2, 3, 3), 10 * (i + 1), np.uint8) for i in range(5)])
-    out = grids.grid(array, 3)
-    assert out.shape == (4, 9, 3)
-    assert out[0, ::3, 0].tolist() == [10, 20, 30]
-    assert out[2, ::3, 0].tolist() == [40, 50, 0]
-    with pytest.raises(UserError, match="columns >= 1"):
-        grids.grid(array, 0)
-
-
-def test_write_png_is_whole_or_not_there(tmp_path, monkeypatch):
-    path = tmp_path / "new" / "a.png"
-    array = noise(5, 6)
-    output.write_png(path, array)
-    np.testing.assert_array_equal(np.asarray(Image.open(path)), array)
-
-    def fail(image, file, format):
-        file.write_bytes(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(Image.Image, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
-        output.write_png(path, noise(5, 6, seed=1))
-    assert [p.name for p in path.parent.iterdir()] == ["a.png"]
-    np.testing.assert_array_equal(np.asarray(Image.open(path)), array)
-
-
-def test_write_png_refuses_floats(tmp_path):
-    with pytest.raises(UserError, match=r"takes uint8 \[H, W, 3\], got float32 \[4, 4, 3\]"):
-        output.write_png(tmp_path / "a.png", np.zeros((4, 4, 3), np.float32))
-    assert not list(tmp_path.iterdir())
