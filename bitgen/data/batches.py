@@ -278,7 +278,7 @@ class Batches(grain.DatasetIterator):
         self._max_broken_share = float(config_data.max_broken_share)
         # A process of many sees only its part of a small data set.
         self._enough = min(_ENOUGH, max(1, self.num_examples // process_count))
-        self._start = self._next = start
+        self._next = start
         self._iterator: grain.DatasetIterator | None = None
         self._seen, self._broken = 0, 0
         self._died_at = -1
@@ -398,10 +398,6 @@ class Batches(grain.DatasetIterator):
                     "resume with the same data and seed, or in a new folder"
                 )
         self._seek(int(state["next_example"]))
-
-    def reset(self) -> None:
-        """Goes back to the first example, for another pass."""
-        self._seek(self._start)
 
     def _seek(self, place: int) -> None:
         if self._iterator is not None:
