@@ -333,7 +333,7 @@ def bitgen_calls(spec: dict, tensors: dict, options) -> dict[str, Callable[[], o
         plan = type(default_plan(family))(**fields)
         params = jax.block_until_ready(prepare(module, params))
         inputs = jnp.arange(options.batch), image_keys(0, np.arange(options.batch))
-        sample_bits = sampler_of(module)
+        sample_bits = sampler_of(module).sample_bits
         program = jax.jit(lambda p, *xs: sample_bits(module, p, *xs, plan))
         return {"sample": lambda: jax.block_until_ready(program(params, *inputs))}
     shape = (options.batch, module.image_size, module.image_size, 3)

@@ -115,7 +115,7 @@ def sampler(name: str, context: Context) -> Iterator[dict[str, Any]]:
     generator, tokenizer, plan = released(name, context, short=True)
 
     def draw(params, tokenizer_params, labels, keys):
-        bits = sampler_of(generator)(generator, params, labels, keys, plan)
+        bits = sampler_of(generator).sample_bits(generator, params, labels, keys, plan)
         return bits, tokenizer.apply({"params": tokenizer_params}, bits, method="decode")
 
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])

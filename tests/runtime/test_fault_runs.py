@@ -174,7 +174,7 @@ def command(tmp_path, *arguments):
     """-> arguments of a Python that trains as `settings` says, and its environment."""
     (tmp_path / "config.py").write_text(CONFIG)
     words = [*arguments, f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'run'}"]
-    return [sys.executable, *words], {**os.environ, "PYTHONPATH": str(ROOT)}
+    return [sys.executable, *words], {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
 
 
 @pytest.mark.slow
