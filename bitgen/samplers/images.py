@@ -64,9 +64,10 @@ def sample_images(
       batch_size: number of images drawn together.
       decode_batch: number of images that a device decodes together; 0: all of its batch.
     """
-    sampler = image_sampler(generator.module, tokenizer.module, plan, mesh, decode_batch)
     params = prepare(generator.module, generator.params)
-    for batch in label_batches(labels, seed, mesh, first=first, batch_size=batch_size):
+    batches = label_batches(labels, seed, mesh, first=first, batch_size=batch_size)
+    sampler = image_sampler(generator.module, tokenizer.module, plan, mesh, decode_batch)
+    for batch in batches:
         images = sampler(params, tokenizer.params, batch.labels, batch.keys)
         yield fetch_global(images)[: batch.count]
 
