@@ -1,5 +1,6 @@
 """Inception's weights, from PyTorch's two ports or from TensorFlow's own frozen graph."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,6 @@ def _from_graph(path: Path) -> dict[str, np.ndarray]:
     """Returns the graph's constants by the names, and in the layout, of the PyTorch ports."""
     from google.protobuf.message import DecodeError
     from tensorboard.compat.proto.graph_pb2 import GraphDef
-    from tensorboard.util.tensor_util import make_ndarray
 
     try:
         graph = GraphDef.FromString(path.read_bytes())
@@ -96,7 +96,7 @@ def _from_graph(path: Path) -> dict[str, np.ndarray]:
 
     def read(name: str, there: str, *axes: int) -> None:
         if there in constants:
-            tensors[name] = make_ndarray(constants[there]).transpose(axes or None)
+            tensors[name] = _values(constants[there]).transpose(axes or None)
         else:
             missing.append(there)
 
@@ -111,3 +111,13 @@ def _from_graph(path: Path) -> dict[str, np.ndarray]:
             "constants): it is not the Inception graph of 2015-12-05"
         )
     return tensors
+
+
+def _values(tensor: Any) -> np.ndarray:
+    """Returns the array of a TensorProto, which may leave out values equal to the last listed."""
+    from tensorboard.util.tensor_util import make_ndarray
+
+    if listed := tensor.float_val:
+        count = math.prod(side.size for side in tensor.tensor_shape.dim)
+        listed.extend([listed[-1]] * (count - len(listed)))
+    return make_ndarray(tensor)

@@ -2,23 +2,16 @@
 
 import numpy as np
 import pytest
+from helpers.arrays import gaussian
 
 from bitgen.errors import UserError
 from bitgen.evaluation.frechet import frechet_distance, kernel_distance
 from bitgen.evaluation.precision_recall import precision_recall
 from bitgen.evaluation.statistics import (
     Gaussian,
-    Moments,
     read_statistics,
     summarise,
 )
-
-
-def gaussian(rows, batches=1) -> Gaussian:
-    moments = Moments(rows.shape[1])
-    for batch in np.array_split(rows, batches):
-        moments.add(batch)
-    return moments.gaussian()
 
 
 def test_fid_is_adms(golden):

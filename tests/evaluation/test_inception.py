@@ -7,7 +7,7 @@ from helpers.synthetic import synthetic_tensor
 
 from bitgen.errors import UserError
 from bitgen.evaluation.inception import ConvNorm, Inception, unit_names
-from bitgen.evaluation.weights import find_weights, load_inception
+from bitgen.evaluation.weights import _values, find_weights, load_inception
 
 # TensorFlow's name of a convolution of each kind of place.
 NAMES = {
@@ -210,6 +210,21 @@ def test_all_layouts_give_the_same_parameters(files):
     assert [file.suffix for file in files] == [".pb", ".pth", ".pth"]
     for other in trees[1:]:
         jax.tree.map(np.testing.assert_array_equal, trees[0], other)
+
+
+@pytest.mark.parametrize(
+    ("listed", "values"),
+    [([1, 2, 3, -4], [[1, 2], [3, -4]]), ([0.5], [[0.5, 0.5]] * 2), ([1, 2], [[1, 2], [2, 2]])],
+)
+def test_constants_that_are_listed_or_repeated(listed, values):
+    import tensorflow as tf
+
+    tensor = tf.compat.v1.NodeDef().attr["value"].tensor
+    tensor.dtype = 1
+    for _ in range(2):
+        tensor.tensor_shape.dim.add(size=2)
+    tensor.float_val.extend(listed)
+    np.testing.assert_array_equal(_values(tensor), values)
 
 
 def test_names_of_the_graph():

@@ -2,26 +2,18 @@
 
 import numpy as np
 import pytest
+from helpers.arrays import gaussian
 
 from bitgen.errors import UserError
 from bitgen.evaluation import statistics
 from bitgen.evaluation.frechet import frechet_distance
 from bitgen.evaluation.statistics import (
-    Gaussian,
-    Moments,
     Scores,
     Summary,
     read_statistics,
     summarise,
     write_statistics,
 )
-
-
-def gaussian(rows, batches=1) -> Gaussian:
-    moments = Moments(rows.shape[1])
-    for batch in np.array_split(rows, batches):
-        moments.add(batch)
-    return moments.gaussian()
 
 
 @pytest.mark.parametrize("split", [5000, 250])

@@ -1,9 +1,11 @@
-"""Arrays for comparisons with PyTorch."""
+"""Arrays for comparisons with PyTorch, and statistics of rows."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+
+from bitgen.evaluation.statistics import Gaussian, Moments
 
 
 def nhwc(array) -> np.ndarray:
@@ -20,3 +22,10 @@ def images_like(shape, seed=0) -> jax.Array:
 
 def close(actual, expected, rtol=0.0, atol=0.0):
     np.testing.assert_allclose(np.asarray(actual), np.asarray(expected), rtol=rtol, atol=atol)
+
+
+def gaussian(rows, batches=1) -> Gaussian:
+    moments = Moments(rows.shape[1])
+    for batch in np.array_split(rows, batches):
+        moments.add(batch)
+    return moments.gaussian()
