@@ -20,6 +20,7 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -70,19 +71,26 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 @contextlib.contextmanager
 def ready_workers(
-    arguments: Sequence[str], kinds: Sequence[str] = ("original", "bitgen")
+    arguments: Sequence[str],
+    kinds: Sequence[str] = ("original", "bitgen"),
+    patience: float = threading.TIMEOUT_MAX,
 ) -> Iterator[dict[str, "Worker"]]:
     """Starts a process for each kind, and ends them; entered, all are warm.
 
     `original` is eager or compiled as `arguments` say, `compiled` always compiled, and left out
-    where that fails.
+    where that fails or is not done after `patience` seconds.
     """
     workers: dict[str, Worker] = {}
+    timer = None
     try:
         for kind in kinds:
             extra = ["--worker=bitgen"] if kind == "bitgen" else ["--worker=original"]
             extra += ["--compiled"] if kind == "compiled" else []
             workers[kind] = Worker([*arguments, *extra])
+        if "compiled" in workers:
+            timer = threading.Timer(patience, workers["compiled"].process.kill)
+            timer.daemon = True
+            timer.start()
         ready = {}
         for kind, worker in workers.items():
             try:
@@ -92,6 +100,8 @@ def ready_workers(
                     raise
                 continue
             ready[kind] = worker
+        if timer:
+            timer.cancel()
         yield ready
     finally:
         for worker in workers.values():
@@ -199,6 +209,14 @@ def original_calls(spec: dict, tensors: dict, options) -> dict[str, Callable[[],
     return {name: functools.partial(run, call) for name, call in calls.items()}
 
 
+def _load(model: Any, tensors: dict, strict: bool = True) -> None:
+    """Gives the model its weights, on the device; some buffers are made on the CPU."""
+    import torch
+
+    model.load_state_dict(tensors, strict=strict)
+    model.eval().to(torch.get_default_device())
+
+
 def _compile(options, owner, *names: str) -> None:
     """Compiles methods that the original leaves to its users to compile."""
     import torch
@@ -229,8 +247,7 @@ def _bitdance(h: dict, tensors: dict, options) -> dict:
     if several:
         fields |= {"parallel_num": h["parallel_num"], "parallel_mode": "patch"}
     model = source.BitDance_models[h["size"]](**fields)
-    model.load_state_dict(tensors)
-    model.eval()
+    _load(model, tensors)
     model.vae.decode = lambda x: x
     labels = torch.arange(options.batch)
     return {"sample": lambda: model.sample(labels, options.steps, GUIDANCE["bitdance"])}
@@ -243,8 +260,7 @@ def _gfq_ae(h: dict, tensors: dict, options) -> dict:
     sizes = {"in_channels": 3, "out_ch": 3, **h}
     codebooks = sizes.pop("num_codebooks")
     model = qae.VQModel(sizes, num_codebooks=codebooks)
-    model.load_state_dict(tensors, strict=False)
-    model.eval()
+    _load(model, tensors, strict=False)
     _compile(options, model, "encode", "decode")
     images = torch.randn(options.batch, 3, 256, 256).clamp(-1, 1)
     codes = torch.sign(torch.randn(options.batch, h["z_channels"], 16, 16))
@@ -268,8 +284,7 @@ def _bigr(h: dict, tensors: dict, options) -> dict:
         use_adaLN=h["use_adaLN"],
         seq_len=h["seq_len"],
     )
-    model.load_state_dict(tensors, strict=False)
-    model.eval()
+    _load(model, tensors, strict=False)
     labels = torch.arange(options.batch)
 
     def sample():
@@ -295,8 +310,7 @@ def _binary_ae(h: dict, tensors: dict, options) -> dict:
 
     model = BinaryAutoEncoder(types.SimpleNamespace(**h))
     tensors = {n.removeprefix("ae."): t for n, t in tensors.items() if n.startswith("ae.")}
-    model.load_state_dict(tensors, strict=False)
-    model.eval()
+    _load(model, tensors, strict=False)
     _compile(options, model, "encode", "decode")
     size = h["img_size"]
     images = torch.rand(options.batch, 3, size, size)

@@ -82,10 +82,10 @@ def main() -> int:
 
 
 def choose(all_rounds: list[list[Part]], words: tuple[str, ...]) -> list[list[Part]]:
-    """Returns the parts whose names begin with one of the words; no words stand for all."""
+    """Returns one round of the parts whose names begin with one of the words; all without words."""
     if not words:
         return all_rounds
-    return [[part for part in parts if part.name.startswith(words)] for parts in all_rounds]
+    return [[part for parts in all_rounds for part in parts if part.name.startswith(words)]]
 
 
 # ----------------------------------------------------------------------- a part's own process

@@ -11,6 +11,7 @@ from .part import READY, Context
 FOLDERS = {"bitdance": "BitDance/imagenet_gen", "bigr": "BiGR"}
 # An eager B-1x of 100 head steps would take most of the time there is.
 STEPS = {"bitdance_B_1x": 20}
+PATIENCE = 170.0  # seconds for compiling the original
 
 
 def beside(name: str, context: Context) -> Iterator[Any]:
@@ -29,7 +30,7 @@ def beside(name: str, context: Context) -> Iterator[Any]:
         steps, rounds, kinds, dtype = 1, 1, ("original", "bitgen"), "float32"
     arguments = [name, f"--reference={folder}", f"--steps={steps}", f"--rounds={rounds}"]
     arguments.append(f"--dtype={dtype}")
-    with side_by_side.ready_workers(arguments, kinds) as workers:
+    with side_by_side.ready_workers(arguments, kinds, PATIENCE) as workers:
         yield READY
         if set(workers) != set(kinds):
             yield {"what": "the compiled original", "holds": False, "ended": "log.txt says why"}

@@ -25,6 +25,6 @@ class Part:
     name: str
     what: str
     run: Callable[[Context], Iterator[Any]]
-    prepare: float = 120.0  # seconds until it is ready, or has ended
+    prepare: float = 180.0  # seconds until it is ready, or has ended
     measure: float = 45.0  # seconds from then on
     flags: str = ""  # of XLA
