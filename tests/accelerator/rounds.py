@@ -74,8 +74,8 @@ def rounds(rehearse: bool) -> list[list[Part]]:
         ]
     large, small = list(STEPS)[:2], list(STEPS)[2:]
     return [
-        [*exact, peaks, *map(beside, GENERATORS)],
+        [*exact, peaks, beside("bigr_L_d24"), beside("bitdance_B_16x")],
         [*map(sample, GENERATORS), *map(step, large)],
+        [beside("bitdance_B_1x"), *map(profile_sampler, GENERATORS), *map(profile_step, large)],
         [*map(sample, list(BATCHES)[3:]), *map(step, small), *map(beside, TOKENIZERS)],
-        [*map(profile_sampler, GENERATORS), *map(profile_step, large)],
     ]

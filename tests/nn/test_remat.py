@@ -1,11 +1,14 @@
 """What layers save for their gradients, and dropout."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import small
 
+from bitgen import build
 from bitgen.generators.bigr import BiGR
 from bitgen.generators.bitdance import BitDance
 from bitgen.nn.remat import Dropout
@@ -62,6 +65,15 @@ def test_what_is_kept_changes_no_gradient(case):
     sizes = dict(zip(HOW, kept, strict=True))
     assert sizes["inputs"] < sizes["products"] < 0.8 * sizes["everything"], sizes
     assert sizes["unrolled"] == sizes["products"]
+
+
+@pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
+def test_initial_parameters_of_unrolled_layers_compile_as_a_loop(module):
+    def program(unroll):
+        init = functools.partial(build.init_params, module.clone(unroll=unroll))
+        return jax.jit(init).lower(jax.random.key(0)).as_text()
+
+    assert program(True) == program(False)
 
 
 @pytest.mark.parametrize("shape", [(400, 50), (3, 100, 51)])
