@@ -71,7 +71,7 @@ def _run(args: argparse.Namespace) -> None:
         count = export_file(args.input, args.output, args.tokenizer)
         log_info(f"wrote {args.output}: {count} tensors")
     else:
-        info, parameters, plan = import_file(
+        info, parameters, plan, others = import_file(
             args.input, args.output, args.model, args.weights, args.dtype
         )
         sizes = zoo.describe(info["family"], info["hparams"])
@@ -80,6 +80,8 @@ def _run(args: argparse.Namespace) -> None:
             notes.append(f"{len(plan.carried)} tensors kept aside")
         ignored = Counter(plan.ignored.values())
         notes += [f"{count} ignored: {reason}" for reason, count in ignored.items()]
+        if others:
+            notes.append(f"not converted: {', '.join(others)}")
         log_info(f"wrote {args.output}: {'; '.join(notes)}")
 
 

@@ -55,6 +55,7 @@ class Imported(NamedTuple):
     info: dict[str, Any]  # model.json
     parameters: int
     plan: Plan
+    others: tuple[str, ...]  # what else the file holds, in words
 
 
 def import_file(
@@ -115,7 +116,7 @@ def import_file(
         params = _lazy_params(plan, tensors, to_dtype, bar)
         carried = _counted(bar, ((name, tensors[name]) for name in plan.carried))
         model_directory.write(directory, info, params, carried)
-    return Imported(model_directory.read_info(directory), count, plan)
+    return Imported(model_directory.read_info(directory), count, plan, tensors.others)
 
 
 def export_file(

@@ -1,7 +1,7 @@
 """Reads and writes PyTorch checkpoints (`.pt`, `.pth`, `.th`), and reads `.safetensors`.
 
 One tensor is in memory at a time. Loading runs no code: a pickle that holds anything but tensors
-and plain values is refused.
+and plain values is refused. Of the plain values beside the weights only the kind is kept.
 """
 
 import ctypes
@@ -46,6 +46,25 @@ _STORAGES = {
     "uint8": "ByteStorage",
     "bool": "BoolStorage",
 }
+# Classes and functions of plain values that PyTorch does not load by itself, by their modules. None
+# is called: an inert object stands for what it would make.
+_PLAIN = {
+    "argparse": "Namespace",
+    "types": "SimpleNamespace",
+    "builtins": "frozenset list range slice",
+    "collections": "deque",
+    "datetime": "date datetime time timedelta timezone",
+    "decimal": "Decimal",
+    "fractions": "Fraction",
+    "uuid": "UUID",
+    "numpy": "dtype ndarray",
+    "numpy.core.multiarray": "scalar _reconstruct",
+    "numpy._core.multiarray": "scalar _reconstruct",
+    "numpy._core.numeric": "_frombuffer",
+    "pathlib": "Path PosixPath WindowsPath PurePath PurePosixPath PureWindowsPath",
+    "pathlib._local": "Path PosixPath WindowsPath PurePath PurePosixPath PureWindowsPath",
+    "torch.torch_version": "TorchVersion",
+}
 _ROOT = "archive"  # the folder in a PyTorch file
 _ALIGNMENT = 64  # bytes; of the tensors in a file that is to be mapped into memory
 
@@ -62,6 +81,7 @@ class Tensors(Mapping[str, np.ndarray]):
     shapes: dict[str, Shape]
     places: Mapping[str, Hashable]  # equal for names of the same values in the file
     read: Callable[[str], np.ndarray]
+    others: tuple[str, ...] = ()  # what else the file holds, in words
 
     def __getitem__(self, name: str) -> np.ndarray:
         """Returns a copy of a tensor."""
@@ -115,7 +135,8 @@ def _open_torch(path: Path, weights: str | None, zipped: bool) -> Tensors:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickles that it then fails to read
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            with torch.serialization.safe_globals(_plain_globals()):
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as e:
         if found := re.search(r"GLOBAL (\S+)", str(e)):
             raise UserError(
@@ -145,7 +166,38 @@ def _open_torch(path: Path, weights: str | None, zipped: bool) -> Tensors:
         for name, t in state.items()
     }
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    return Tensors(path, wrapped, shapes, places, read)
+    others = () if wrapped is None else _others(content, wrapped)
+    return Tensors(path, wrapped, shapes, places, read, others)
+
+
+class _Plain:
+    """Stands for a plain value that nobody reads; nothing that the file says is run."""
+
+    def __new__(cls, *_: Any) -> "_Plain":
+        return object.__new__(cls)
+
+    def __init__(self, *_: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        """Forgets the state."""
+
+
+def _plain_globals() -> list[Any]:
+    """Returns stand-ins and the full names that they stand for, as PyTorch takes them."""
+    globals_: list[Any] = [(lambda *_: {}, "collections.defaultdict")]
+    for module, names in _PLAIN.items():
+        globals_ += [(type(name, (_Plain,), {}), f"{module}.{name}") for name in names.split()]
+    return globals_
+
+
+def _others(content: dict, wrapped: str) -> tuple[str, ...]:
+    """Returns what a file holds beside the weights, such as 'args (Namespace)'."""
+
+    def kind(value: Any) -> str:
+        return f"{len(value)} entries" if isinstance(value, dict) else type(value).__name__
+
+    return tuple(f"{key} ({kind(value)})" for key, value in content.items() if key != wrapped)
 
 
 def _is_stored(path: Path) -> bool:
