@@ -37,7 +37,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("input", nargs="?", help=".pt, .pth, .th or .safetensors file, or a model directory")
+    add(
+        "input",
+        nargs="?",
+        help="checkpoint file, index of shards, folder of one, or model directory",
+    )
     add("output", nargs="?", help="model directory, or the file that --to-torch writes")
     add("--model", metavar="NAME", help="name in the zoo, to override what the file tells")
     add("--weights", choices=["ema", "model"], help="of a file with both; ema by default")

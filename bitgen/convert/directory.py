@@ -18,8 +18,9 @@ from flax.traverse_util import unflatten_dict
 from bitgen import build
 from bitgen.convert import bigr, binary_ae, bitdance, bitvae, dcae, gfq_ae
 from bitgen.convert.entries import Shape
-from bitgen.convert.files import TORCH_SUFFIXES, Tensors, check_space, open_tensors, write_torch
+from bitgen.convert.files import TORCH_SUFFIXES, Tensors, check_space, write_torch
 from bitgen.convert.rules import Plan, check_aliases, export_tensors, plan_import, read_slices
+from bitgen.convert.shards import open_checkpoint
 from bitgen.errors import UserError, choose, first_line
 from bitgen.hub import model_directory, zoo
 from bitgen.hub.streaming import LazyArray
@@ -68,7 +69,8 @@ def import_file(
     """Converts a checkpoint file to a model directory.
 
     Args:
-      source: a PyTorch or safetensors file; its names and shapes tell family and sizes.
+      source: a PyTorch or safetensors file, an index of shards, or a folder with one of these; the
+        names and shapes of its tensors tell family and sizes.
       directory: where to; it appears, or replaces a model directory there, only when complete.
       model: name in the zoo, which overrides what the file tells.
       weights: which set of a file with several; by default 'ema' if there is one.
@@ -80,7 +82,7 @@ def import_file(
     to_dtype = np.dtype(choose("dtype", dtype, build.DTYPES))
     directory = Path(os.path.abspath(directory))
     model_directory.check_replaceable(directory)
-    tensors = open_tensors(source, weights)
+    tensors = open_checkpoint(source, weights)
     family, hparams, looks_like = _recognise(tensors, model)
     kind, convert, _ = FAMILIES[family]
     wrapping = find_wrapping(convert, tensors.shapes)
@@ -105,7 +107,7 @@ def import_file(
         "hparams": zoo.complete(kind, family, hparams),
         "origin": {
             "file": tensors.path.name,
-            "bytes": tensors.path.stat().st_size,
+            "bytes": tensors.bytes,
             "weights": tensors.wrapped,
             "zoo": entry.name if entry else None,
             "dtype": dtype,

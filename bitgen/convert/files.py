@@ -77,6 +77,7 @@ class Tensors(Mapping[str, np.ndarray]):
     """
 
     path: Path
+    bytes: int  # in its files
     wrapped: str | None  # the key of the file that held them; None for a bare state dict
     shapes: dict[str, Shape]
     places: Mapping[str, Hashable]  # equal for names of the same values in the file
@@ -152,7 +153,7 @@ def _open_torch(path: Path, weights: str | None, zipped: bool) -> Tensors:
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             kind = type(value).__name__
             raise UserError(f"{path}: {name!r} holds a {kind}, not a tensor of a state dict")
-    state = _without_prefix(state)
+    state = without_prefix(state)
 
     def read(name: str) -> np.ndarray:
         tensor = state[name]
@@ -167,7 +168,7 @@ def _open_torch(path: Path, weights: str | None, zipped: bool) -> Tensors:
     }
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     others = () if wrapped is None else _others(content, wrapped)
-    return Tensors(path, wrapped, shapes, places, read, others)
+    return Tensors(path, path.stat().st_size, wrapped, shapes, places, read, others)
 
 
 class _Plain:
@@ -230,10 +231,11 @@ def _unwrap(content: Any, weights: str | None, path: Path) -> tuple[str | None, 
     return key, state
 
 
-def _without_prefix(state: dict[str, Any]) -> dict[str, Any]:
+def without_prefix(state: dict[str, Any]) -> dict[str, Any]:
+    """Returns a state dict without the prefixes that PyTorch gives wrapped modules' names."""
     for prefix in _PREFIXES:
         if state and all(name.startswith(prefix) for name in state):
-            return _without_prefix({n.removeprefix(prefix): x for n, x in state.items()})
+            return without_prefix({n.removeprefix(prefix): x for n, x in state.items()})
     return state
 
 
@@ -259,7 +261,7 @@ def _open_safetensors(path: Path) -> Tensors:
         file = safe_open(path, "np", backend="pread")  # pages of a mapped file count as our memory
     except SafetensorError as e:
         raise UserError(f"{path} is truncated or damaged ({e}): download it again") from None
-    names = _without_prefix({name: name for name in file.offset_keys()})
+    names = without_prefix({name: name for name in file.offset_keys()})
     slices = {name: file.get_slice(inner) for name, inner in names.items()}
     for name, part in slices.items():
         choose(f"type of {name} in {path}:", part.get_dtype(), _SAFETENSORS_TYPES)
@@ -269,7 +271,7 @@ def _open_safetensors(path: Path) -> Tensors:
         array = file.get_tensor(names[name])
         return array.astype(np.float32) if slices[name].get_dtype() in _HALVES else array
 
-    return Tensors(path, None, shapes, names, read)
+    return Tensors(path, path.stat().st_size, None, shapes, names, read)
 
 
 def check_space(directory: Path, size: int) -> None:
