@@ -74,8 +74,8 @@ def _open_index(path: Path) -> Tensors:
         promised = without_prefix({name: name for name in names[shard]})
         if lacking := sorted(set(promised) - set(tensors)):
             raise UserError(
-                f"{tensors.path} lacks {len(lacking)} tensors that {path.name} says it has, such as "
-                f"{lacking[0]}: it is another shard or another model's"
+                f"{tensors.path} lacks {len(lacking)} tensors that {path.name} says it has, such "
+                f"as {lacking[0]}: it is another shard or another model's"
             )
         owners |= dict.fromkeys(promised, shard)
     return Tensors(
