@@ -89,8 +89,9 @@ def init_params(module: Any, key: jax.Array) -> Any:
         bits = jnp.zeros((1, *module.grid, module.bits), bool)
         rngs = {"params": params_key, "loss": other_key}
         labels = jnp.zeros((1,), jnp.int32)
-        # The same numbers, but unrolled layers have thousands of kernels to compile.
-        module = module.clone(unroll=False)
+        if getattr(module, "unroll", False):
+            # The same numbers, but unrolled layers have thousands of kernels to compile.
+            module = module.clone(unroll=False)
         return module.init(rngs, bits, labels, train=False, method="loss")["params"]
     size = module.image_size
     images = jnp.zeros((1, size, size, module.channels))
