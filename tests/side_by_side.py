@@ -78,30 +78,28 @@ def ready_workers(
     """Starts a process for each kind, and ends them; entered, all are warm.
 
     `original` is eager or compiled as `arguments` say, `compiled` always compiled, and left out
-    where that fails or is not done after `patience` seconds.
+    where that fails or is not done `patience` seconds after `original` is warm.
     """
     workers: dict[str, Worker] = {}
-    timer = None
     try:
         for kind in kinds:
             extra = ["--worker=bitgen"] if kind == "bitgen" else ["--worker=original"]
             extra += ["--compiled"] if kind == "compiled" else []
             workers[kind] = Worker([*arguments, *extra])
-        if "compiled" in workers:
-            timer = threading.Timer(patience, workers["compiled"].process.kill)
-            timer.daemon = True
-            timer.start()
         ready = {}
         for kind, worker in workers.items():
+            timer = threading.Timer(patience, worker.process.kill)
+            if kind == "compiled":
+                timer.start()
             try:
                 worker.calls = json.loads(worker.answer())
             except SystemExit:
                 if kind != "compiled":
                     raise
                 continue
+            finally:
+                timer.cancel()
             ready[kind] = worker
-        if timer:
-            timer.cancel()
         yield ready
     finally:
         for worker in workers.values():

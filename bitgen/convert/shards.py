@@ -91,11 +91,10 @@ def _open_index(path: Path) -> Tensors:
 
 def _unnamed(path: Path, shards: dict[str, Tensors], owners: dict[str, str]) -> tuple[str, ...]:
     """Returns the shards beside an index, and the tensors in its shards, that it does not name."""
-    stem = path.name.removesuffix(_INDEX)
-    beside = Path(stem)
+    stem = Path(path.name.removesuffix(_INDEX))  # model.safetensors
     others = sorted(
         f"{entry.name} (not in {path.name})"
-        for entry in path.parent.glob(f"{beside.stem}*-of-*{beside.suffix}")
+        for entry in path.parent.glob(f"{stem.stem}*-of-*{stem.suffix}")
         if entry.name not in shards
     )
     extra = [name for tensors in shards.values() for name in tensors if name not in owners]
